@@ -1,0 +1,2 @@
+//! larql
+fn main() {}

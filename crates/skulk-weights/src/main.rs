@@ -1,0 +1,2 @@
+//! skulk-weights
+fn main() {}

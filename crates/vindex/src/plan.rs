@@ -1,0 +1,120 @@
+//! What an extraction will write, as a value: every tensor with its type, shape and sources, grouped
+//! into parts, before a byte of weights is read.
+//!
+//! Invariant: the plan alone decides the bytes of the vindex; `extract` executes it and adds nothing.
+
+use quant::BlockType;
+use serde::Serialize;
+
+use crate::config::Config;
+use crate::gguf::MetaValue;
+use crate::recipe::Recipe;
+use crate::source::Origin;
+
+/// The whole extraction. Printed by a dry run, executed by `extract`.
+#[derive(Clone, Debug, Serialize)]
+pub struct Plan {
+    /// Stem of the part files, `<model name>-<recipe>`.
+    pub stem: String,
+    /// Which block type each kind of tensor gets.
+    pub recipe: Recipe,
+    /// The model's numbers, as the forward pass reads them.
+    pub config: Config,
+    /// GGUF key-values of part 1, in writing order (without the `split.*` keys, which the writer adds).
+    #[serde(skip)]
+    pub metadata: Vec<(String, MetaValue)>,
+    /// Parts in file order; the first has no tensor.
+    pub parts: Vec<PlannedPart>,
+    /// Source tensors that do not belong to the vindex (MTP heads, vision towers), with the reason.
+    pub left_out: Vec<LeftOut>,
+    /// What the operator should know before a long run.
+    pub warnings: Vec<String>,
+    /// Where the source is; goes to `provenance.json`.
+    #[serde(skip)]
+    pub origin: Origin,
+}
+
+/// One GGUF file.
+#[derive(Clone, Debug, Serialize)]
+pub struct PlannedPart {
+    /// What the file holds.
+    pub component: Component,
+    /// In the order of the file.
+    pub tensors: Vec<PlannedTensor>,
+}
+
+/// What one part holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, serde::Deserialize)]
+#[serde(tag = "component", rename_all = "kebab-case")]
+pub enum Component {
+    /// Metadata and tokenizer, no tensor; belongs to every slice.
+    Metadata,
+    /// Token embeddings, output head, final norm, rope factors.
+    Embeddings,
+    /// A layer's attention (or other mixer) with its norms and its router.
+    Attention {
+        /// Which layer.
+        layer: u32,
+    },
+    /// A layer's feed-forward or expert weights.
+    FeedForward {
+        /// Which layer.
+        layer: u32,
+    },
+}
+
+/// One tensor of the vindex.
+#[derive(Clone, Debug, Serialize)]
+pub struct PlannedTensor {
+    /// GGUF name, such as `blk.0.attn_q.weight`.
+    pub name: String,
+    /// Shape in ggml order: the first is the row length, the last the slowest dimension.
+    pub ne: Vec<u64>,
+    /// How rows are stored.
+    pub block_type: BlockType,
+    /// Where the values come from.
+    pub values: Values,
+}
+
+/// Where a tensor's values come from.
+#[derive(Clone, Debug, Serialize)]
+#[serde(tag = "kind", rename_all = "kebab-case")]
+pub enum Values {
+    /// Tensors of the checkpoint, one after another along the slowest dimension (experts: one each).
+    Checkpoint {
+        /// Names in the checkpoint, in order.
+        tensors: Vec<String>,
+        /// What is done to each on the way.
+        transform: Transform,
+    },
+    /// Computed from the configuration (rope factors); row-major.
+    Computed {
+        /// The values themselves.
+        values: Vec<f32>,
+    },
+}
+
+/// What happens to the rows of a checkpoint tensor on the way into the vindex.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Transform {
+    /// Nothing.
+    None,
+    /// Rows of each head are put into the interleaved order that ggml's rope of the llama
+    /// architecture expects.
+    InterleaveRope {
+        /// How many heads the rows belong to.
+        n_heads: u32,
+    },
+    /// One is added to each value (Gemma's norms are stored around zero).
+    AddOne,
+}
+
+/// A source tensor that the vindex does not hold.
+#[derive(Clone, Debug, Serialize)]
+pub struct LeftOut {
+    /// Name in the checkpoint.
+    pub tensor: String,
+    /// Why.
+    pub reason: String,
+}
