@@ -1,0 +1,224 @@
+//! Everything that can go wrong between a checkpoint and a vindex: a variant for each thing that a caller
+//! can do about it.
+
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use thiserror::Error;
+
+use crate::source::SourceError;
+
+/// Why an operation on a checkpoint or a vindex failed.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The file system refused. The cause tells which limit or right.
+    #[error("cannot {action} {}", path.display())]
+    Io {
+        /// What was being done, such as `write`.
+        action: &'static str,
+        /// To which file or directory.
+        path: PathBuf,
+        /// The operating system's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// The checkpoint could not be read.
+    #[error("cannot read {file} of the source")]
+    Source {
+        /// Path inside the source.
+        file: String,
+        /// What the source says.
+        #[source]
+        source: SourceError,
+    },
+    /// A file does not follow GGUF version 3, or is larger than our bounds.
+    #[error("{} is not a GGUF file that can be read: {reason}", path.display())]
+    Gguf {
+        /// The file.
+        path: PathBuf,
+        /// What was expected and what is there.
+        reason: String,
+    },
+    /// The directory has an `index.json`: there is a finished vindex in it.
+    #[error("{} already holds a finished vindex; remove it or name another output directory", path.display())]
+    OutputExists {
+        /// The output directory.
+        path: PathBuf,
+    },
+    /// The directory holds the beginning of another extraction.
+    #[error(
+        "{} holds an interrupted extraction of another plan (digest {got}, this plan's is {expected}); \
+         remove the directory or name another",
+        path.display()
+    )]
+    OtherPlan {
+        /// The output directory.
+        path: PathBuf,
+        /// Digest of the plan to execute.
+        expected: String,
+        /// Digest in the journal.
+        got: String,
+    },
+    /// The directory holds files which no extraction of ours put there.
+    #[error("{} holds {file}, which is not part of this extraction; choose an empty or new directory", path.display())]
+    ForeignFile {
+        /// The output directory.
+        path: PathBuf,
+        /// Name of the first such file.
+        file: String,
+    },
+    /// Another process is extracting into the directory.
+    #[error("another extraction is writing to {}; wait for it or name another directory", path.display())]
+    Locked {
+        /// The output directory.
+        path: PathBuf,
+    },
+    /// The file system has not enough room for what the plan will write.
+    #[error(
+        "{} needs {needed_bytes} bytes and the file system has {available_bytes} free; \
+         free some space or name a directory elsewhere",
+        path.display()
+    )]
+    NoSpace {
+        /// The output directory.
+        path: PathBuf,
+        /// What is still to be written.
+        needed_bytes: u64,
+        /// What an unprivileged process may still write there.
+        available_bytes: u64,
+    },
+    /// Weights hold NaN or infinity.
+    #[error(
+        "{file}: tensor {tensor} holds {count} values that are NaN or infinite; \
+         the checkpoint is damaged, or allow non-finite values"
+    )]
+    NonFinite {
+        /// File of the checkpoint.
+        file: String,
+        /// Tensor of the checkpoint.
+        tensor: String,
+        /// How many values.
+        count: u64,
+    },
+    /// A plan that cannot be executed with this source: they do not belong together.
+    #[error("tensor {tensor}: {reason}; plan again with this source")]
+    Plan {
+        /// Tensor of the vindex.
+        tensor: String,
+        /// What does not fit.
+        reason: String,
+    },
+    /// The directory has no `index.json`.
+    #[error("{} is not a vindex: it has no index.json (an extraction that did not finish leaves none)", path.display())]
+    NotAVindex {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// `index.json`, `slice.json` or `provenance.json` says something that cannot be.
+    #[error("{}: {reason}", path.display())]
+    Index {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// Parts of the recorded slice are missing or are not what the index says.
+    #[error("{} is damaged: {}", path.display(), Listed(wrong))]
+    Damaged {
+        /// The directory.
+        path: PathBuf,
+        /// Every wrong part.
+        wrong: Vec<WrongPart>,
+    },
+    /// The directory does not hold the slice that is asked for.
+    #[error("{} is complete for the slice {has}, not for {wanted}; pull the rest first", path.display())]
+    SliceNotHere {
+        /// The directory.
+        path: PathBuf,
+        /// What its `slice.json` records.
+        has: &'static str,
+        /// What was asked for.
+        wanted: &'static str,
+    },
+}
+
+impl Error {
+    /// For `map_err`: an [`Error::Io`] that says what was being done to which path.
+    pub(crate) fn io<'a>(action: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> Error + 'a {
+        move |source| Error::Io { action, path: path.to_owned(), source }
+    }
+}
+
+/// A part which is not what the index says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WrongPart {
+    /// Name of the file.
+    pub file: String,
+    /// What is wrong with it.
+    pub what: Wrong,
+    /// Tensors that are damaged by it, in file order; `name[3]` for expert 3 of a stacked tensor.
+    pub tensors: Vec<String>,
+}
+
+/// What is wrong with a part.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Wrong {
+    /// There is no such file.
+    Missing,
+    /// It is there and cannot be read.
+    Unreadable(String),
+    /// It has another length.
+    Size {
+        /// In the index.
+        expected: u64,
+        /// On disk.
+        got: u64,
+    },
+    /// Its bytes changed.
+    Sha256 {
+        /// In the index, hex.
+        expected: String,
+        /// On disk, hex.
+        got: String,
+    },
+    /// Its bytes are those of the index, and its header says something else than the index.
+    Header(String),
+}
+
+impl fmt::Display for WrongPart {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: ", self.file)?;
+        match &self.what {
+            Wrong::Missing => f.write_str("missing")?,
+            Wrong::Unreadable(why) => write!(f, "cannot be read ({why})")?,
+            Wrong::Size { expected, got } => write!(f, "{got} bytes, expected {expected}")?,
+            Wrong::Sha256 { expected, got } => write!(f, "sha256 {got}, expected {expected}")?,
+            Wrong::Header(why) => write!(f, "its header disagrees with the index ({why})")?,
+        }
+        match self.tensors.as_slice() {
+            [] => Ok(()),
+            [one] => write!(f, "; damaged tensor: {one}"),
+            [first, .., last] if self.tensors.len() > 8 => {
+                write!(f, "; damaged tensors: {first} to {last} ({} in all)", self.tensors.len())
+            }
+            some => write!(f, "; damaged tensors: {}", some.join(", ")),
+        }
+    }
+}
+
+struct Listed<'a>(&'a [WrongPart]);
+
+impl fmt::Display for Listed<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let [one] = self.0 {
+            return write!(f, "{one}; pull or extract it again");
+        }
+        write!(f, "{} parts are wrong; pull or extract them again", self.0.len())?;
+        for part in self.0 {
+            write!(f, "\n  {part}")?;
+        }
+        Ok(())
+    }
+}
