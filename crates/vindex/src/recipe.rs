@@ -1,0 +1,99 @@
+//! Which block type each tensor gets.
+//!
+//! Invariant: the type depends only on the recipe, the tensor's GGUF name and its shape, so that the same
+//! checkpoint gives the same bytes everywhere. The encoders themselves are in `quant`.
+
+use std::fmt;
+use std::str::FromStr;
+
+use quant::BlockType;
+use serde::{Deserialize, Serialize};
+
+/// How the weights of a vindex are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Recipe {
+    /// Every tensor F32.
+    F32,
+    /// Matrices BF16.
+    Bf16,
+    /// Matrices F16.
+    F16,
+    /// Matrices Q8_0.
+    Q8_0,
+    /// Matrices Q4_K, the sensitive ones (`attn_v`, `ffn_down`, embeddings, output head) Q6_K.
+    Q4k,
+}
+
+impl Recipe {
+    /// Every recipe, from the largest output to the smallest.
+    pub const ALL: [Recipe; 5] = [Recipe::F32, Recipe::Bf16, Recipe::F16, Recipe::Q8_0, Recipe::Q4k];
+
+    /// As `--quant` takes it and as `index.json` records it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Recipe::F32 => "f32",
+            Recipe::Bf16 => "bf16",
+            Recipe::F16 => "f16",
+            Recipe::Q8_0 => "q8_0",
+            Recipe::Q4k => "q4k",
+        }
+    }
+
+    /// Value of the GGUF key `general.file_type` (llama.cpp's `llama_ftype`: 15 is `MOSTLY_Q4_K_M`).
+    pub const fn file_type(self) -> u32 {
+        match self {
+            Recipe::F32 => 0,
+            Recipe::F16 => 1,
+            Recipe::Q8_0 => 7,
+            Recipe::Q4k => 15,
+            Recipe::Bf16 => 32,
+        }
+    }
+
+    /// The block type of the tensor called `name` in GGUF, of shape `ne` (row length first).
+    ///
+    /// Vectors, norms and routers stay F32 in every recipe. A row that is not a whole number of blocks
+    /// falls back to a smaller block: Q8_0 (32 values), then F16 (1 value).
+    pub fn block_type(self, name: &str, ne: &[u64]) -> BlockType {
+        if ne.len() < 2 || name.ends_with("_norm.weight") || name.ends_with(".ffn_gate_inp.weight") {
+            return BlockType::F32;
+        }
+        let wanted = match self {
+            Recipe::F32 => BlockType::F32,
+            Recipe::Bf16 => BlockType::BF16,
+            Recipe::F16 => BlockType::F16,
+            Recipe::Q8_0 => BlockType::Q8_0,
+            Recipe::Q4k if is_sensitive(name) => BlockType::Q6_K,
+            Recipe::Q4k => BlockType::Q4_K,
+        };
+        let whole = |t: BlockType| ne[0].is_multiple_of(t.block_len() as u64);
+        [wanted, BlockType::Q8_0].into_iter().find(|&t| whole(t)).unwrap_or(BlockType::F16)
+    }
+}
+
+/// Tensors that lose most from four bits: values, down projections, embeddings, output head.
+fn is_sensitive(name: &str) -> bool {
+    let stem = name.strip_suffix(".weight").unwrap_or(name);
+    let kind = stem.rsplit('.').next().unwrap_or(stem);
+    matches!(kind, "attn_v" | "ffn_down" | "ffn_down_exps" | "token_embd" | "output")
+}
+
+impl fmt::Display for Recipe {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+/// A name that is no recipe.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("unknown recipe {0:?}; use f32, bf16, f16, q8_0 or q4k")]
+pub struct UnknownRecipe(pub String);
+
+impl FromStr for Recipe {
+    type Err = UnknownRecipe;
+
+    fn from_str(s: &str) -> Result<Self, Self::Err> {
+        Recipe::ALL.into_iter().find(|r| r.name() == s).ok_or_else(|| UnknownRecipe(s.to_owned()))
+    }
+}
