@@ -33,6 +33,89 @@ pub enum Error {
         #[source]
         source: SourceError,
     },
+    /// A file that the checkpoint needs is not there.
+    #[error("{file} is missing; {wanted_by} needs it: download the checkpoint again, all of its files")]
+    MissingFile {
+        /// Path inside the source.
+        file: String,
+        /// What names or needs the file.
+        wanted_by: String,
+    },
+    /// A file of the checkpoint is damaged: it says something that cannot be.
+    #[error("{file}: {reason}; the file is damaged, download it again")]
+    Checkpoint {
+        /// Path inside the source.
+        file: String,
+        /// What was expected and what is there.
+        reason: String,
+    },
+    /// `config.json` lacks a number or has one that cannot be.
+    #[error("config.json: {key}: {reason}")]
+    Config {
+        /// Key of the file, with `.` between levels.
+        key: String,
+        /// What was expected and what is there.
+        reason: String,
+    },
+    /// No row of the table of families is for this model.
+    #[error("no family is known for {architecture}; known are {}", known.join(", "))]
+    UnknownArchitecture {
+        /// First of `architectures` in `config.json`, or `model_type`.
+        architecture: String,
+        /// What the table has.
+        known: Vec<&'static str>,
+    },
+    /// The model asks for something that the vindex or the forward pass cannot say yet.
+    #[error("this model cannot be extracted: {what}")]
+    Unsupported {
+        /// The setting and its value.
+        what: String,
+    },
+    /// The checkpoint has tensors that the family's table does not know.
+    #[error("{} tensors are unknown to the family {family}: {}; this is another kind of model than its config.json says",
+        tensors.len(), Some8(tensors))]
+    UnknownTensors {
+        /// GGUF architecture.
+        family: String,
+        /// Each as `file: name`.
+        tensors: Vec<String>,
+    },
+    /// The checkpoint lacks tensors that the model needs.
+    #[error("{} tensors are missing from the checkpoint: {}", tensors.len(), Some8(tensors))]
+    MissingTensors {
+        /// Names in the checkpoint.
+        tensors: Vec<String>,
+    },
+    /// A tensor's shape is not what `config.json` says.
+    #[error("{file}: tensor {tensor} has shape {got:?}, config.json says {expected:?}; they do not belong together")]
+    Shape {
+        /// Path inside the source.
+        file: String,
+        /// Name in the checkpoint.
+        tensor: String,
+        /// From the configuration, slowest dimension first.
+        expected: Vec<u64>,
+        /// From the header.
+        got: Vec<u64>,
+    },
+    /// A needed tensor is stored in a type that we do not read.
+    #[error("{file}: tensor {tensor} is stored as {dtype}; F32, F16 and BF16 are read: take the unquantised checkpoint")]
+    Dtype {
+        /// Path inside the source.
+        file: String,
+        /// Name in the checkpoint.
+        tensor: String,
+        /// Its type there.
+        dtype: String,
+    },
+    /// The tokenizer cannot be written as GGUF metadata.
+    #[error("{file}: {reason}")]
+    Tokenizer {
+        /// Path inside the source.
+        file: String,
+        /// What is wrong or not supported.
+        reason: String,
+    },
     /// A file does not follow GGUF version 3, or is larger than our bounds.
     #[error("{} is not a GGUF file that can be read: {reason}", path.display())]
     Gguf {
@@ -204,6 +287,19 @@ impl fmt::Display for WrongPart {
                 write!(f, "; damaged tensors: {first} to {last} ({} in all)", self.tensors.len())
             }
             some => write!(f, "; damaged tensors: {}", some.join(", ")),
+        }
+    }
+}
+
+/// The first eight of a list, and how many more there are.
+struct Some8<'a>(&'a [String]);
+
+impl fmt::Display for Some8<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0.iter().take(8).map(String::as_str).collect::<Vec<_>>().join(", "))?;
+        match self.0.len() {
+            0..=8 => Ok(()),
+            n => write!(f, " and {} more", n - 8),
         }
     }
 }

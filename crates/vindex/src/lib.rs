@@ -5,16 +5,20 @@
 //!
 //! Invariant: the plan and the checkpoint's bytes alone decide the bytes of the vindex. No network and no async here.
 
+mod checkpoint;
 mod config;
 mod error;
 mod gguf;
+mod local;
 mod plan;
 mod recipe;
 mod source;
 
+pub use checkpoint::{Checkpoint, Dtype, OtherDtype, SourceTensor};
 pub use config::{Activation, Attention, Config, Experts, Gating, Rope, RopeKind, RopeScaling, SlidingWindow};
 pub use error::{Error, Wrong, WrongPart};
 pub use gguf::{MetaArray, MetaValue};
+pub use local::LocalDir;
 pub use plan::{Component, LeftOut, Plan, PlannedPart, PlannedTensor, Transform, Values};
 pub use recipe::{Recipe, UnknownRecipe};
 pub use source::{Origin, Source, SourceError, SourceFile};
