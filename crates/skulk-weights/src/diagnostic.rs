@@ -1,0 +1,128 @@
+//! What is wrong with a catalog file: each finding with its file, line, entry and what to do.
+//!
+//! Invariant: reading goes on after a finding, so that one run reports all of them.
+
+use std::fmt;
+
+use serde::Serialize;
+
+use crate::yaml::{Place, SyntaxError};
+
+/// Whether the catalog can be used in spite of a finding.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Severity {
+    Error,
+    Warning,
+}
+
+/// One finding.
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct Diagnostic {
+    pub(crate) severity: Severity,
+    /// The file as the user named it, or `builtin:NAME`.
+    pub(crate) file: String,
+    /// Counted from 1; absent when the finding is about the whole file.
+    pub(crate) line: Option<usize>,
+    pub(crate) column: Option<usize>,
+    /// The entry at fault: its effective key, or `models[i]` while that is unknown.
+    pub(crate) entry: Option<String>,
+    pub(crate) message: String,
+    /// What to do about it.
+    pub(crate) hint: Option<String>,
+}
+
+impl fmt::Display for Diagnostic {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.severity {
+            Severity::Error => f.write_str("error: ")?,
+            Severity::Warning => f.write_str("warning: ")?,
+        }
+        f.write_str(&self.file)?;
+        if let (Some(line), Some(column)) = (self.line, self.column) {
+            write!(f, ":{line}:{column}")?;
+        }
+        // "FILE not found" reads as one sentence.
+        f.write_str(if self.message.starts_with("not found") { " " } else { ": " })?;
+        if let Some(entry) = &self.entry {
+            write!(f, "{entry}: ")?;
+        }
+        f.write_str(&self.message)?;
+        if let Some(hint) = &self.hint {
+            write!(f, "\n  hint: {hint}")?;
+        }
+        Ok(())
+    }
+}
+
+/// The findings of one load.
+#[derive(Debug, Default)]
+pub(crate) struct Report {
+    pub(crate) findings: Vec<Diagnostic>,
+}
+
+impl Report {
+    pub(crate) fn n_errors(&self) -> usize {
+        self.findings.iter().filter(|finding| finding.severity == Severity::Error).count()
+    }
+
+    /// A finding about a file as a whole.
+    pub(crate) fn file_error(&mut self, file: &str, message: impl Into<String>, hint: impl Into<String>) {
+        self.findings.push(Diagnostic {
+            severity: Severity::Error,
+            file: file.to_owned(),
+            line: None,
+            column: None,
+            entry: None,
+            message: message.into(),
+            hint: Some(hint.into()),
+        });
+    }
+
+    /// A text that is not one YAML document.
+    pub(crate) fn syntax(&mut self, file: &str, error: SyntaxError) {
+        let at = At { file, place: error.place, entry: None };
+        self.error(&at, format!("not readable as YAML: {}", error.message), "correct the text at this line; nothing else in the file was checked");
+    }
+
+    /// A finding without which the catalog would be usable.
+    pub(crate) fn error(&mut self, at: &At<'_>, message: impl Into<String>, hint: impl Into<String>) {
+        self.push(Severity::Error, at, message.into(), hint.into());
+    }
+
+    /// A finding in spite of which the catalog is usable.
+    pub(crate) fn warning(&mut self, at: &At<'_>, message: impl Into<String>, hint: impl Into<String>) {
+        self.push(Severity::Warning, at, message.into(), hint.into());
+    }
+
+    fn push(&mut self, severity: Severity, at: &At<'_>, message: String, hint: String) {
+        self.findings.push(Diagnostic {
+            severity,
+            file: at.file.to_owned(),
+            line: Some(at.place.line),
+            column: Some(at.place.column),
+            entry: at.entry.map(str::to_owned),
+            message,
+            hint: Some(hint),
+        });
+    }
+}
+
+/// Where a finding is.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct At<'a> {
+    pub(crate) file: &'a str,
+    pub(crate) place: Place,
+    pub(crate) entry: Option<&'a str>,
+}
+
+/// The known name that `name` was probably meant to be.
+pub(crate) fn did_you_mean<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    let n_edits_max = (name.chars().count() / 3).clamp(1, 4);
+    known
+        .into_iter()
+        .map(|candidate| (strsim::damerau_levenshtein(&name.to_lowercase(), &candidate.to_lowercase()), candidate))
+        .filter(|(n_edits, _)| *n_edits <= n_edits_max)
+        .min_by_key(|(n_edits, _)| *n_edits)
+        .map(|(_, candidate)| candidate)
+}
