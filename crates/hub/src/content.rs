@@ -1,0 +1,80 @@
+//! What a file's bytes are, as the Hub names them: the sha256 of an LFS object, the SHA-1 of a git blob.
+//!
+//! Invariant: files are hashed as a stream, in constant memory.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::Path;
+
+use sha1::Sha1;
+use sha2::{Digest, Sha256};
+
+/// Read size of a hashing pass.
+const READ_BYTES: usize = 1 << 20;
+
+/// The git blob id of content whose bytes are still to come: `sha1("blob {size}\0" + bytes)`.
+pub(crate) fn git_hasher(size_bytes: u64) -> Sha1 {
+    let mut hasher = Sha1::new();
+    hasher.update(format!("blob {size_bytes}\0").as_bytes());
+    hasher
+}
+
+/// Lower-case hex.
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    const DIGITS: &[u8; 16] = b"0123456789abcdef";
+    bytes
+        .iter()
+        .flat_map(|b| {
+            [
+                DIGITS[usize::from(b >> 4)] as char,
+                DIGITS[usize::from(b & 15)] as char,
+            ]
+        })
+        .collect()
+}
+
+/// Whether `text` is a sha256 in lower-case hex.
+pub(crate) fn is_sha256(text: &str) -> bool {
+    text.len() == 64 && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
+}
+
+/// sha256 of a file, hex; blocks.
+pub(crate) fn sha256_of_file(path: &Path) -> io::Result<String> {
+    hash_file(path, Sha256::new())
+}
+
+/// git blob id of a file, hex; blocks.
+pub(crate) fn git_oid_of_file(path: &Path) -> io::Result<String> {
+    let size_bytes = std::fs::metadata(path)?.len();
+    hash_file(path, git_hasher(size_bytes))
+}
+
+fn hash_file<D: Digest>(path: &Path, mut hasher: D) -> io::Result<String> {
+    let mut file = File::open(path)?;
+    let mut buf = vec![0; READ_BYTES];
+    loop {
+        match file.read(&mut buf)? {
+            0 => return Ok(hex(&hasher.finalize())),
+            n => hasher.update(&buf[..n]),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_two_hashes_of_the_hub() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), "hello\n").unwrap();
+        assert_eq!(
+            git_oid_of_file(file.path()).unwrap(),
+            "ce013625030ba8dba906f756967f9e9ca394464a"
+        );
+        assert_eq!(
+            sha256_of_file(file.path()).unwrap(),
+            "5891b5b522d5df086d0ff0b110fbd9d21bb4fc7163af34d08286a2e746f6be03"
+        );
+    }
+}
