@@ -66,6 +66,7 @@ impl Catalog {
             sources.push(source);
         }
         unique::check(&drafts, &mut report);
+        report.sort();
         if report.n_errors() > 0 {
             return Err(Invalid { findings: report.findings });
         }

@@ -66,6 +66,18 @@ impl Report {
         self.findings.iter().filter(|finding| finding.severity == Severity::Error).count()
     }
 
+    /// Puts the findings of each file in the order of its lines; the files keep their order.
+    pub(crate) fn sort(&mut self) {
+        let mut files: Vec<String> = Vec::new();
+        for finding in &self.findings {
+            if !files.contains(&finding.file) {
+                files.push(finding.file.clone());
+            }
+        }
+        let rank = |file: &String| files.iter().position(|known| known == file);
+        self.findings.sort_by_key(|finding| (rank(&finding.file), finding.line, finding.column));
+    }
+
     /// A finding about a file as a whole.
     pub(crate) fn file_error(&mut self, file: &str, message: impl Into<String>, hint: impl Into<String>) {
         self.findings.push(Diagnostic {

@@ -3,7 +3,8 @@
 //! Invariant: every check runs, whatever the others found. Without `--publish` nothing is asked of the network and
 //! larql is not mentioned.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::time::Duration;
 
 use serde::Serialize;
 
@@ -12,8 +13,11 @@ use crate::cli::Doctor;
 use crate::environment::Environment;
 use crate::failure::Failure;
 use crate::output::Output;
-use crate::plan::Artifact;
-use crate::{inspect, larql, publish};
+use crate::plan::{Artifact, PublishPlan};
+use crate::{inspect, larql, name, publish};
+
+/// How long the Hub is asked before it counts as not reachable.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// One finding.
 #[derive(Debug, Serialize)]
@@ -31,16 +35,23 @@ pub(crate) fn doctor(
     environment: &Environment,
     output: Output,
 ) -> Result<(), Failure> {
-    let scratch = environment.scratch(args.scratch.path.as_deref());
     let mut checks = Vec::new();
+    let plan = match (&args.model, catalog) {
+        (Some(key), Ok(catalog)) => {
+            let planned = publish::entry(catalog, key)
+                .and_then(|entry| publish::plan(entry, Artifact::All, args.scratch.path.as_deref(), false, environment));
+            planned.map_err(|failure| checks.push(bad("model", failure.to_string()))).ok()
+        }
+        _ => None,
+    };
     if args.publish {
-        environment.block_on(publishing(environment, &mut checks))?;
+        environment.block_on(publishing(plan.as_ref(), environment, &mut checks))?;
     }
-    checks.push(writable(&scratch));
+    checks.push(writable(&environment.scratch(args.scratch.path.as_deref())));
+    if let Some(plan) = &plan {
+        checks.push(environment.block_on(space(plan, environment))?);
+    }
     checks.push(catalog_check(view, catalog));
-    if let (Some(key), Ok(catalog)) = (&args.model, catalog) {
-        checks.push(space(key, catalog, args.scratch.path.as_ref(), &scratch, environment)?);
-    }
     for check in &checks {
         if check.ok {
             output.text(&check.message)?;
@@ -64,18 +75,10 @@ fn bad(check: &'static str, message: impl Into<String>) -> Check {
     Check { check, ok: false, message: message.into() }
 }
 
-async fn publishing(environment: &Environment, checks: &mut Vec<Check>) {
-    checks.push(match larql::find(environment) {
-        Ok(path) => match larql::version(&path).await {
-            Some(version) => good("larql", format!("found command: larql ({}), {version}", path.display())),
-            None => good("larql", format!("found command: larql ({})", path.display())),
-        },
-        Err(_) => match environment.var(larql::VARIABLE).filter(|name| !name.is_empty()) {
-            Some(name) => bad("larql", format!("missing command: larql ({} is '{name}', which is not a program)", larql::VARIABLE)),
-            None => bad("larql", format!("missing command: larql (put it on PATH, or set {} to its path)", larql::VARIABLE)),
-        },
-    });
-    let settings = match environment.hub_settings() {
+/// larql, the token, the Hub and the token's rights; with the entry's plan also the right to write to its target.
+async fn publishing(plan: Option<&PublishPlan>, environment: &Environment, checks: &mut Vec<Check>) {
+    checks.push(larql_check(environment).await);
+    let mut settings = match environment.hub_settings() {
         Ok(settings) => settings,
         Err(failure) => return checks.push(bad("token", failure.to_string())),
     };
@@ -85,13 +88,8 @@ async fn publishing(environment: &Environment, checks: &mut Vec<Check>) {
         false if has_token => good("token", "HF_TOKEN is not set; using the stored token"),
         false => bad("token", "HF_TOKEN is not set; publication will fail (set it to a token that may write)"),
     });
+    settings.give_up_after = PATIENCE;
     let endpoint = settings.endpoint.clone();
-    if settings.offline {
-        return checks.push(bad("hub", format!("Hub not reachable: {endpoint}: HF_HUB_OFFLINE is set")));
-    }
-    if !has_token {
-        return;
-    }
     let asked = match hub::Hub::new(settings) {
         Ok(hub) => hub.whoami().await,
         Err(error) => Err(error),
@@ -99,9 +97,47 @@ async fn publishing(environment: &Environment, checks: &mut Vec<Check>) {
     match asked {
         Ok(me) => {
             checks.push(good("hub", format!("Hub reachable: {endpoint}")));
-            checks.push(rights(&me));
+            checks.push(rights(&me, plan.map(|plan| name::owner(&plan.target_repo))));
         }
-        Err(error) => checks.push(bad("hub", format!("Hub not reachable, or the token is refused: {endpoint}: {error}"))),
+        Err(hub::Error::Unauthorized { .. }) if !has_token => checks.push(good("hub", format!("Hub reachable: {endpoint}"))),
+        Err(error @ (hub::Error::Unauthorized { .. } | hub::Error::Forbidden { .. })) => {
+            checks.push(good("hub", format!("Hub reachable: {endpoint}")));
+            checks.push(bad("rights", format!("token is refused: {error}")));
+        }
+        Err(error) => checks.push(bad("hub", format!("Hub not reachable: {endpoint}: {error}"))),
+    }
+}
+
+async fn larql_check(environment: &Environment) -> Check {
+    match larql::find(environment) {
+        Ok(path) => match larql::version(&path).await {
+            Some(version) => good("larql", format!("found command: larql ({}), {version}", path.display())),
+            None => good("larql", format!("found command: larql ({})", path.display())),
+        },
+        Err(_) => match environment.var(larql::VARIABLE).filter(|name| !name.is_empty()) {
+            Some(name) => bad("larql", format!("missing command: larql ({} is '{name}', which is not a program)", larql::VARIABLE)),
+            None => bad("larql", format!("missing command: larql (put it on PATH, or set {} to its path)", larql::VARIABLE)),
+        },
+    }
+}
+
+/// What the token may do, as far as the Hub tells; `owner` is that of the target repository.
+fn rights(me: &hub::WhoAmI, owner: Option<&str>) -> Check {
+    let who = &me.name;
+    match owner.map(|owner| (owner, me.can_write(owner))) {
+        Some((owner, hub::Right::Yes)) => good("rights", format!("token of {who} may write to {owner}")),
+        Some((owner, hub::Right::No)) => bad("rights", format!("token of {who} may not write to {owner} (use one with write access there)")),
+        Some((owner, hub::Right::Unknown)) => good("rights", format!("token of {who}; the Hub does not say whether it may write to {owner}")),
+        None => match &me.role {
+            Some(hub::Role::Read) => bad("rights", format!("token of {who} may only read (make one that may write)")),
+            Some(hub::Role::Write) => good("rights", format!("token of {who} may write")),
+            Some(hub::Role::FineGrained) if me.writable.is_empty() => {
+                bad("rights", format!("token of {who} may write nowhere (grant it write access to your repositories)"))
+            }
+            Some(hub::Role::FineGrained) => good("rights", format!("token of {who} may write to {}", me.writable.join(", "))),
+            Some(hub::Role::Other(role)) => good("rights", format!("token of {who} with the role {role}")),
+            None => good("rights", format!("token of {who}; the Hub does not say what it may do")),
+        },
     }
 }
 
@@ -126,11 +162,40 @@ fn catalog_check(view: &View, catalog: Result<&Catalog, &Invalid>) -> Check {
     }
 }
 
-/// What the token may do, as far as the Hub tells.
-fn rights(me: &hub::WhoAmI) -> Check {
-    todo!()
+/// Holds the free space against what the inspected plan needs.
+async fn space(plan: &PublishPlan, environment: &Environment) -> Check {
+    let at = plan.scratch.display();
+    let Some(free_bytes) = free_bytes(&plan.scratch) else {
+        return good("space", format!("free space unknown: {at}"));
+    };
+    let free = gigabytes(free_bytes);
+    let hub = match environment.hub_settings().map(hub::Hub::new) {
+        Ok(Ok(hub)) => hub,
+        Ok(Err(error)) => return bad("space", format!("free space: {free} at {at}; the Hub cannot be asked what is needed: {error}")),
+        Err(failure) => return bad("space", failure.to_string()),
+    };
+    match inspect::inspect(plan, &hub).await.disk_needed_bytes {
+        None => good("space", format!("free space: {free} at {at}; what {} needs is unknown", plan.model_key)),
+        Some(needed) if needed > free_bytes => {
+            bad("space", format!("not enough space: {free} free at {at}, {} needed for {}", gigabytes(needed), plan.model_key))
+        }
+        Some(needed) => good("space", format!("free space: {free} at {at}, {} needed for {}", gigabytes(needed), plan.model_key)),
+    }
 }
 
-fn space(key: &str, catalog: &Catalog, scratch_option: Option<&PathBuf>, scratch: &Path, environment: &Environment) -> Result<Check, Failure> {
-    todo!()
+fn gigabytes(n_bytes: u64) -> String {
+    format!("{:.1} GB", n_bytes as f64 / 1e9)
+}
+
+/// Free bytes on the file system of `path` or of its nearest ancestor that exists.
+#[cfg(unix)]
+fn free_bytes(path: &Path) -> Option<u64> {
+    let absolute = std::path::absolute(path).ok()?;
+    let found = absolute.ancestors().find_map(|path| rustix::fs::statvfs(path).ok())?;
+    found.f_bavail.checked_mul(found.f_frsize)
+}
+
+#[cfg(not(unix))]
+fn free_bytes(_path: &Path) -> Option<u64> {
+    None
 }

@@ -33,7 +33,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
 
-use catalog::{Catalog, View};
+use catalog::Catalog;
 use cli::{Cli, Command};
 use environment::Environment;
 use failure::Failure;
@@ -151,7 +151,8 @@ fn init(path: &Path, force: bool, output: Output) -> Result<(), Failure> {
 
 fn clean(scratch: &Path, yes: bool, environment: &Environment, output: Output) -> Result<(), Failure> {
     let (working_dir, home) = (&environment.working_dir, environment.home.as_deref());
-    let cleaned = scratch::clean(scratch, working_dir, home, yes, &mut io::stdin().lock(), &mut io::stderr())?;
+    let mut ask: Box<dyn io::Write> = if output.json { Box::new(io::stderr()) } else { Box::new(io::stdout()) };
+    let cleaned = scratch::clean(scratch, working_dir, home, yes, &mut io::stdin().lock(), &mut ask)?;
     let (word, text) = match cleaned {
         Cleaned::Deleted => ("deleted", format!("deleted {}", scratch.display())),
         Cleaned::Declined => ("declined", "aborted".to_owned()),

@@ -109,7 +109,6 @@ pub(crate) struct Draft {
     pub(crate) file: String,
     /// The effective key, or `models[i]`.
     pub(crate) who: String,
-    pub(crate) place: Place,
     /// The effective key.
     pub(crate) key: Option<Named>,
     pub(crate) output_name: Option<Named>,
@@ -240,7 +239,6 @@ fn draft(source: &Source, file: &str, index: usize, item: &Node, report: &mut Re
     let mut draft = Draft {
         file: file.to_owned(),
         who: format!("models[{index}]"),
-        place: item.place,
         key: None,
         output_name: None,
         hf_repo: None,
@@ -529,9 +527,8 @@ fn repo_hint(written: &str) -> String {
 }
 
 fn one_of(written: &str, known: &[&str]) -> String {
-    let all = format!("one of: {}", known.join(", "));
     match did_you_mean(written, known.iter().copied()) {
-        Some(name) => format!("did you mean {name}? {all}"),
-        None => all,
+        Some(name) => format!("did you mean {name}?"),
+        None => format!("one of: {}", known.join(", ")),
     }
 }

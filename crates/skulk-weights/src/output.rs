@@ -1,6 +1,6 @@
 //! Writes what a command has to tell to standard output, as lines or as JSON.
 //!
-//! Invariant: with `--json`, standard output holds JSON and nothing else; questions and progress go to standard error.
+//! Invariant: with `--json`, standard output holds JSON and nothing else; the question of a command goes to standard error then.
 //! A reader that went away is an error of its own, so that `| head` ends quietly.
 
 use std::io::{self, Write};

@@ -2,7 +2,7 @@
 //!
 //! Invariant: below the dry run nothing asks again whether this is one; the same plan value is printed or executed.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::catalog::Catalog;
 use crate::cli::Publish;
@@ -12,12 +12,12 @@ use crate::larql;
 use crate::manifest::Entry;
 use crate::output::Output;
 use crate::plan::{self, Artifact, PublishPlan, Step};
-use crate::{inspect, run, scratch};
+use crate::{inspect, run};
 
 /// Plans the publication of one entry, and carries it out unless it is a dry run.
 pub(crate) fn publish(args: &Publish, catalog: &Catalog, environment: &Environment, output: Output) -> Result<(), Failure> {
     let entry = entry(catalog, &args.model)?;
-    let plan = plan(entry, args.artifact, args.scratch.path.as_ref(), args.force, environment)?;
+    let plan = plan(entry, args.artifact, args.scratch.path.as_deref(), args.force, environment)?;
     if args.dry_run {
         return dry_run(plan, args.inspect, environment, output);
     }
@@ -44,11 +44,11 @@ pub(crate) fn entry<'a>(catalog: &'a Catalog, key: &str) -> Result<&'a Entry, Fa
 pub(crate) fn plan(
     entry: &Entry,
     artifact: Artifact,
-    scratch: Option<&PathBuf>,
+    scratch: Option<&Path>,
     force: bool,
     environment: &Environment,
 ) -> Result<PublishPlan, Failure> {
-    let scratch = environment.scratch(scratch.map(PathBuf::as_path));
+    let scratch = environment.scratch(scratch);
     let collection = plan::collection(entry, environment.var(plan::COLLECTION_VARIABLE).as_deref())
         .map_err(|error| Failure::new(error.to_string()).hint("unset it to use the entry's own collection"))?;
     Ok(PublishPlan::new(entry, artifact, &scratch, collection, force))

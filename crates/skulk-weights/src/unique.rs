@@ -30,8 +30,12 @@ fn names(
             continue;
         };
         let at = At { file: &draft.file, place: named.place, entry: Some(&draft.who) };
-        let case = if other_named.name == named.name { String::new() } else { format!(" as {}, which differs only in case", other_named.name) };
-        let hint = format!("first used{case} by {} at {}:{}", other.who, other.file, other_named.place.line);
+        let place = format!("{}:{}", other.file, other_named.place.line);
+        let hint = if other_named.name == named.name {
+            format!("first used by {} at {place}", other.who)
+        } else {
+            format!("{} at {place} has {}, which differs only in case", other.who, other_named.name)
+        };
         report.error(&at, message(&named.name, other.file != draft.file), hint);
     }
 }
