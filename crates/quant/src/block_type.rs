@@ -36,7 +36,9 @@ pub enum BlockType {
 
 /// A text that names no block type of ours.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("no block type is named {got:?}; known are F32, F16, BF16, Q8_0, Q5_0, Q5_K, Q4_0, Q4_1, Q4_K and Q6_K")]
+#[error(
+    "no block type is named {got:?}; known are F32, F16, BF16, Q8_0, Q5_0, Q5_K, Q4_0, Q4_1, Q4_K and Q6_K"
+)]
 pub struct UnknownBlockType {
     /// The text as it was given.
     pub got: String,
@@ -141,7 +143,9 @@ impl FromStr for BlockType {
         Self::ALL
             .into_iter()
             .find(|t| t.name() == text)
-            .ok_or_else(|| UnknownBlockType { got: text.to_owned() })
+            .ok_or_else(|| UnknownBlockType {
+                got: text.to_owned(),
+            })
     }
 }
 

@@ -1,0 +1,266 @@
+//! Q4_K and Q5_K: 8 groups of 32 with a 6-bit scale and a 6-bit minimum each, under two f16 of the block.
+//!
+//! Two blocks fill the sixteen lanes, 8 groups each. The groups are fitted by themselves; then the block's two f16
+//! and the groups' 6-bit integers are improved in turn, each given the others.
+//!
+//! Invariant: of everything tried, a block keeps what decodes with the least squared error.
+
+use super::fit::{Offset, ResidualWithOffset, fit_scale_and_offset};
+use super::{one_by_one, side_by_side};
+use crate::lanes::{Lanes, N_LANES, covering_f16, inverse_or_zero, through_f16};
+
+/// Values in a group.
+const GROUP: usize = 32;
+/// Groups in a block.
+const N_GROUPS: usize = 8;
+/// The largest 6-bit scale or minimum.
+const S_MAX: f32 = 63.0;
+
+const Q4_K_STEPS: [f32; 10] = [12.8, 13.4, 13.9, 14.3, 14.6, 14.9, 15.2, 15.5, 15.9, 16.4];
+const Q5_K_STEPS: [f32; 9] = [28.6, 29.4, 30.0, 30.4, 30.8, 31.2, 31.6, 32.0, 32.6];
+
+#[inline(always)]
+pub(super) fn encode_q4_k<L: Lanes>(values: &[f32], blocks: &mut [u8]) {
+    let blocks = blocks.as_chunks_mut::<144>().0;
+    for (values, blocks) in values.chunks(2 * 256).zip(blocks.chunks_mut(2)) {
+        let found = find::<L>(&side_by_side(values), 15.0, &Q4_K_STEPS);
+        for (half, block) in blocks.iter_mut().enumerate() {
+            block[..16].copy_from_slice(&found.header(half));
+            pack_low_4_bits(found.groups(half), &mut block[16..]);
+        }
+    }
+}
+
+#[inline(always)]
+pub(super) fn encode_q5_k<L: Lanes>(values: &[f32], blocks: &mut [u8]) {
+    let blocks = blocks.as_chunks_mut::<176>().0;
+    for (values, blocks) in values.chunks(2 * 256).zip(blocks.chunks_mut(2)) {
+        let found = find::<L>(&side_by_side(values), 31.0, &Q5_K_STEPS);
+        for (half, block) in blocks.iter_mut().enumerate() {
+            block[..16].copy_from_slice(&found.header(half));
+            let groups = found.groups(half);
+            for i in 0..GROUP {
+                let mut h = 0;
+                for (g, q) in groups.iter().enumerate() {
+                    h |= (q[i] >> 4) << g;
+                }
+                block[16 + i] = h;
+            }
+            pack_low_4_bits(groups, &mut block[48..]);
+        }
+    }
+}
+
+/// What two blocks hold, before packing. Lanes 0..8 are the first block's groups.
+struct Found {
+    /// Integers of each group.
+    q: [[u8; GROUP]; N_LANES],
+    /// 6-bit scale and minimum of each group.
+    s: [i8; N_LANES],
+    m: [i8; N_LANES],
+    /// f16 bits, equal in all lanes of a block.
+    d: [u16; N_LANES],
+    dm: [u16; N_LANES],
+}
+
+impl Found {
+    #[inline(always)]
+    fn groups(&self, half: usize) -> &[[u8; GROUP]] {
+        &self.q[N_GROUPS * half..][..N_GROUPS]
+    }
+
+    /// The first 16 bytes of a block: both f16 and the packed 6-bit integers.
+    #[inline(always)]
+    fn header(&self, half: usize) -> [u8; 16] {
+        let mut header = [0; 16];
+        header[..2].copy_from_slice(&self.d[N_GROUPS * half].to_le_bytes());
+        header[2..4].copy_from_slice(&self.dm[N_GROUPS * half].to_le_bytes());
+        let (s, m) = (&self.s[N_GROUPS * half..], &self.m[N_GROUPS * half..]);
+        for i in 0..4 {
+            let (s_low, m_low, s_high, m_high) =
+                (s[i] as u8, m[i] as u8, s[4 + i] as u8, m[4 + i] as u8);
+            header[4 + i] = s_low | (s_high >> 4) << 6;
+            header[8 + i] = m_low | (m_high >> 4) << 6;
+            header[12 + i] = s_high & 15 | (m_high & 15) << 4;
+        }
+        header
+    }
+}
+
+/// 32 bytes for each pair of groups: the first in the low halves, the second in the high.
+#[inline(always)]
+fn pack_low_4_bits(groups: &[[u8; GROUP]], target: &mut [u8]) {
+    for (pair, target) in groups
+        .as_chunks::<2>()
+        .0
+        .iter()
+        .zip(target.as_chunks_mut::<GROUP>().0)
+    {
+        for i in 0..GROUP {
+            target[i] = pair[0][i] & 15 | pair[1][i] << 4;
+        }
+    }
+}
+
+/// A way to write two blocks, and how well it does.
+#[derive(Clone, Copy)]
+struct Choice<L> {
+    /// The block's f16, equal in all lanes of a block.
+    d: L,
+    dm: L,
+    /// The groups' integers in 0..=63.
+    s: L,
+    m: L,
+    /// Squared error of each group.
+    error: L,
+}
+
+impl<L: Lanes> Choice<L> {
+    /// Each lane from `self` where `score < score_other`, else from `other`.
+    #[inline(always)]
+    fn or(self, other: Self, score: L, score_other: L) -> Self {
+        let pick = |a: L, b: L| score.select_lt(score_other, a, b);
+        Choice {
+            d: pick(self.d, other.d),
+            dm: pick(self.dm, other.dm),
+            s: pick(self.s, other.s),
+            m: pick(self.m, other.m),
+            error: pick(self.error, other.error),
+        }
+    }
+}
+
+/// Real-valued scale and offset of each group, and the mean of its integers.
+#[derive(Clone, Copy)]
+struct Line<L> {
+    scale: L,
+    offset: L,
+    q_mean: L,
+}
+
+#[inline(always)]
+fn find<L: Lanes>(x: &[L; GROUP], q_max: f32, steps: &[f32]) -> Found {
+    let (scale, offset) = fit_scale_and_offset(x, q_max, Offset::NotNegative, steps);
+    let per_s_max = L::splat(1.0 / S_MAX);
+    let mut d = covering_f16(over_block(scale, f32::max) * per_s_max, 0.5 / S_MAX);
+    let mut dm = covering_f16(over_block(offset, f32::max) * per_s_max, 0.5 / S_MAX);
+    let mut line = Line {
+        scale,
+        offset,
+        q_mean: L::splat(0.5 * q_max),
+    };
+    let mut best: Option<(Choice<L>, L)> = None;
+    for _ in 0..N_ROUNDS {
+        let (first, residual, better_line) = round_to(line, d, dm, x, q_max);
+        let (second, residual_2, line_2) = round_to(better_line, d, dm, x, q_max);
+        let _ = (residual, line_2);
+        let choice = first.or(second, first.error, second.error);
+        let error = over_block(choice.error, |a, b| a + b);
+        best = Some(match best {
+            None => (choice, error),
+            Some((other, error_other)) => {
+                (choice.or(other, error, error_other), error.min(error_other))
+            }
+        });
+        line = line_2;
+        (d, dm) = refit(&second, &residual_2);
+    }
+    let choice = best.unwrap().0;
+    let scale = choice.d * choice.s;
+    let offset = choice.dm * choice.m;
+    let inverse = inverse_or_zero(scale);
+    let mut q = *x;
+    for q in &mut q {
+        *q = ((*q + offset) * inverse)
+            .max(L::splat(0.0))
+            .min(L::splat(q_max))
+            .round();
+    }
+    Found {
+        q: one_by_one(&q),
+        s: choice.s.to_i8(),
+        m: choice.m.to_i8(),
+        d: choice.d.to_f16(),
+        dm: choice.dm.to_f16(),
+    }
+}
+
+const N_ROUNDS: usize = 2;
+
+/// The 6-bit integers for a line under the block's f16, the error they leave, and the better line that it shows.
+#[inline(always)]
+fn round_to<L: Lanes>(
+    line: Line<L>,
+    d: L,
+    dm: L,
+    x: &[L; GROUP],
+    q_max: f32,
+) -> (Choice<L>, ResidualWithOffset<L>, Line<L>) {
+    let (zero, s_max) = (L::splat(0.0), L::splat(S_MAX));
+    let s = (line.scale * inverse_or_zero(d))
+        .max(zero)
+        .min(s_max)
+        .round();
+    let scale = d * s;
+    // What the rounded scale takes from the group's mean, the minimum gives back.
+    let offset = (scale - line.scale).mul_add(line.q_mean, line.offset);
+    let m = (offset * inverse_or_zero(dm)).max(zero).min(s_max).round();
+    let offset = dm * m;
+    let residual = ResidualWithOffset::of(x, scale, offset, q_max);
+    let (more_scale, less_offset) = residual.correction::<GROUP>();
+    let better = Line {
+        scale: scale + more_scale,
+        offset: offset - less_offset,
+        q_mean: residual.q1 * L::splat(1.0 / GROUP as f32),
+    };
+    (
+        Choice {
+            d,
+            dm,
+            s,
+            m,
+            error: residual.ee,
+        },
+        residual,
+        better,
+    )
+}
+
+/// The block's f16 that fit best, given all 6-bit integers and the integers of the values: least squares over the block.
+#[inline(always)]
+fn refit<L: Lanes>(choice: &Choice<L>, residual: &ResidualWithOffset<L>) -> (L, L) {
+    let sum = |x: L| over_block(x, |a, b| a + b);
+    let zero = L::splat(0.0);
+    // e ≈ more_d * (s q) - more_dm * m
+    let (s, m) = (choice.s, choice.m);
+    let a11 = sum(s * s * residual.qq);
+    let a12 = zero - sum(s * m * residual.q1);
+    let a22 = sum(m * m * L::splat(GROUP as f32));
+    let (b1, b2) = (sum(s * residual.eq), zero - sum(m * residual.e1));
+    let product = a11 * a22;
+    let determinant = product - a12 * a12;
+    let is_regular =
+        |then: L, otherwise: L| (product * L::splat(1e-4)).select_lt(determinant, then, otherwise);
+    let per_determinant = inverse_or_zero(determinant);
+    let more_d = is_regular(
+        (b1 * a22 - b2 * a12) * per_determinant,
+        b1 * inverse_or_zero(a11),
+    );
+    let more_dm = is_regular((a11 * b2 - a12 * b1) * per_determinant, zero);
+    let to_f16 = |x: L| through_f16(x.max(zero).min(L::splat(65504.0)));
+    (to_f16(choice.d + more_d), to_f16(choice.dm + more_dm))
+}
+
+/// Combines the lanes of each block, in their order, and gives the result to each of them.
+#[inline(always)]
+fn over_block<L: Lanes>(x: L, combine: impl Fn(f32, f32) -> f32) -> L {
+    let mut lanes = x.store();
+    for block in lanes.as_chunks_mut::<N_GROUPS>().0 {
+        let mut all = block[0];
+        for &x in &block[1..] {
+            all = combine(all, x);
+        }
+        *block = [all; N_GROUPS];
+    }
+    L::load(&lanes)
+}
