@@ -2,7 +2,7 @@
 //! logits without knowing which family the model belongs to.
 //!
 //! Invariant: everything here comes from the checkpoint's configuration, nothing from a file's path or the
-//! time, and serialises to the same text on every machine. Reading `config.json` is in `families.rs`.
+//! time, and serialises to the same text on every machine. Reading `config.json` is in `config_json.rs`.
 
 use serde::{Deserialize, Serialize};
 
@@ -28,6 +28,8 @@ pub struct Config {
     pub post_norms: bool,
     /// The gate's nonlinearity.
     pub activation: Activation,
+    /// The three feed-forward matrices have a bias.
+    pub ffn_bias: bool,
     /// Embeddings are multiplied by this before the first layer.
     pub embedding_scale: f32,
     /// The output head is the embedding matrix.
@@ -40,9 +42,9 @@ pub struct Config {
     pub rope: Rope,
     /// Present when the feed-forward layers are routed.
     pub experts: Option<Experts>,
-    /// Token before a text.
+    /// The token that begins a text; the tokenizer's metadata says whether it is put there.
     pub bos: Option<u32>,
-    /// Tokens that end a generation, the first being the tokenizer's own.
+    /// Tokens that end a generation.
     pub eos: Vec<u32>,
 }
 
@@ -129,12 +131,18 @@ pub enum RopeScaling {
     },
     /// The frequency of pair `i` is divided by element `i` of tensor `rope_freqs.weight`.
     FrequencyFactors,
-    /// YaRN (Peng et al. 2023), with ggml's default ramp and magnitude scale.
+    /// YaRN (Peng et al. 2023).
     Yarn {
         /// How much longer.
         factor: f32,
         /// Context of pre-training, in tokens.
         original_context: u32,
+        /// Rotations over that context above which a pair is not stretched.
+        beta_fast: f32,
+        /// Rotations below which a pair is stretched in full.
+        beta_slow: f32,
+        /// Queries and keys are multiplied by this; `0.1 ln(factor) + 1` where none is given.
+        attention_factor: Option<f32>,
     },
 }
 

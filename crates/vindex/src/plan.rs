@@ -6,10 +6,61 @@
 use quant::BlockType;
 use serde::Serialize;
 
+use crate::checkpoint::Checkpoint;
 use crate::config::Config;
+use crate::config_json::ConfigJson;
+use crate::error::Error;
 use crate::gguf::MetaValue;
+use crate::metadata;
+use crate::placement;
 use crate::recipe::Recipe;
-use crate::source::Origin;
+use crate::source::{Files, Origin, Source};
+use crate::tokenizer;
+
+/// Plans the extraction of a checkpoint: reads its configuration, its tokenizer and the headers of its weights,
+/// and proves that they belong together.
+///
+/// # Errors
+/// The variants of [`Error`] that name a file or a tensor of the checkpoint: something is missing, damaged, of
+/// another shape than the configuration says, or of a kind that we do not extract.
+pub fn plan(source: &dyn Source, recipe: Recipe) -> Result<Plan, Error> {
+    let files = Files::list(source)?;
+    let json = ConfigJson::read(&files)?;
+    let family = json.family()?;
+    let mut config = json.numbers(family, &files)?;
+    let checkpoint = Checkpoint::of(&files)?;
+    let placed = placement::place(&checkpoint, &json, family, &config, recipe)?;
+    let tokenizer = tokenizer::read(&files, &json, family, config.vocab)?;
+    config.bos = tokenizer.bos.or(config.bos);
+    config.eos.extend(tokenizer.eos.filter(|eos| !config.eos.contains(eos)));
+
+    let origin = source.origin();
+    let mut metadata = metadata::of_model(&origin.model_name, &json, family, &config, recipe, &placed.parts);
+    metadata.extend(tokenizer.metadata);
+    let mut warnings = tokenizer.warnings;
+    warnings.extend(metadata::not_followed_by_llama_cpp(&config));
+    Ok(Plan {
+        stem: stem(&origin.model_name, recipe),
+        recipe,
+        config,
+        metadata,
+        parts: placed.parts,
+        left_out: placed.left_out,
+        warnings,
+        origin,
+    })
+}
+
+/// `<model name>-<recipe>` as the beginning of a file name: letters, digits, `.`, `_` and `-`, never a dot or a dash
+/// first.
+fn stem(model_name: &str, recipe: Recipe) -> String {
+    let is_safe = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    let safe: String = model_name.chars().take(100).map(|c| if is_safe(c) { c } else { '-' }).collect();
+    match safe.trim_start_matches(['.', '-']) {
+        "" => format!("model-{recipe}"),
+        name => format!("{name}-{recipe}"),
+    }
+}
 
 /// The whole extraction. Printed by a dry run, executed by `extract`.
 #[derive(Clone, Debug, Serialize)]

@@ -1,0 +1,389 @@
+//! From `config.json` to the numbers of a [`Config`], and to the rope factors computed from them.
+//!
+//! Invariant: whatever is accepted here is consistent (heads divide, widths are even, counts are bounded), and a
+//! setting that would change the forward pass and that `Config` cannot say is an error, never ignored.
+//! Defaults where the file is silent come from the family's row.
+
+use serde_json::{Map, Value};
+
+use crate::config::{
+    Activation, Attention, Config, Experts, Gating, Rope, RopeKind, RopeScaling, SlidingWindow,
+};
+use crate::error::Error;
+use crate::families::{Bias, Family, Window};
+use crate::source::Files;
+
+/// Largest `config.json` and the like that we read.
+const JSON_BYTES_MAX: u64 = 4 << 20;
+const LAYERS_MAX: u32 = 10_000;
+const EXPERTS_MAX: u32 = 65_536;
+const HEAD_DIM_MAX: u32 = 65_536;
+
+/// `config.json`, in which `text_config` wins over the top level.
+pub(crate) struct ConfigJson {
+    root: Map<String, Value>,
+}
+
+impl ConfigJson {
+    pub(crate) fn read(files: &Files<'_>) -> Result<ConfigJson, Error> {
+        let root = files.json("config.json", JSON_BYTES_MAX)?;
+        Ok(ConfigJson { root })
+    }
+
+    /// The row of the table that is for this model.
+    pub(crate) fn family(&self) -> Result<&'static Family, Error> {
+        let class = self.root.get("architectures").and_then(|a| a.get(0)).and_then(Value::as_str);
+        let class = class.ok_or_else(|| invalid("architectures", "the name of the model's class is expected there"))?;
+        Family::of_class(class).ok_or_else(|| Error::UnknownArchitecture {
+            architecture: class.chars().take(80).collect(),
+            known: Family::classes(),
+        })
+    }
+
+    /// True when the model has a part that sees.
+    pub(crate) fn has_vision(&self) -> bool {
+        self.root.contains_key("vision_config")
+    }
+
+    /// Layers of multi-token prediction that follow the model's own.
+    pub(crate) fn n_nextn_layers(&self) -> Result<u32, Error> {
+        Ok(self.u32("num_nextn_predict_layers")?.unwrap_or(0))
+    }
+
+    /// True when `config.json` itself has the width of a head.
+    pub(crate) fn has_head_dim(&self) -> bool {
+        self.get("head_dim").is_some()
+    }
+
+    /// A token id, at the top level or in `text_config`, when it is one number.
+    pub(crate) fn token_id(&self, key: &str) -> Option<u32> {
+        [Some(&self.root), self.text()]
+            .into_iter()
+            .flatten()
+            .find_map(|level| level.get(key).filter(|v| !v.is_null()))
+            .and_then(Value::as_u64)
+            .and_then(|id| u32::try_from(id).ok())
+    }
+
+    fn text(&self) -> Option<&Map<String, Value>> {
+        self.root.get("text_config").and_then(Value::as_object)
+    }
+
+    /// The value of a key; null is as good as absent.
+    fn get(&self, key: &str) -> Option<&Value> {
+        let here = |level: &'_ Map<String, Value>| level.get(key).is_some_and(|v| !v.is_null());
+        self.text().filter(|t| here(t)).or(Some(&self.root)).and_then(|l| l.get(key)).filter(|v| !v.is_null())
+    }
+
+    fn u32(&self, key: &str) -> Result<Option<u32>, Error> {
+        let Some(value) = self.get(key) else { return Ok(None) };
+        let n = value.as_u64().and_then(|n| u32::try_from(n).ok());
+        n.map(Some).ok_or_else(|| invalid(key, format!("a whole number below 2^32 is expected, not {}", short(value))))
+    }
+
+    fn f64(&self, key: &str) -> Result<Option<f64>, Error> {
+        self.get(key).map(|value| positive(key, value)).transpose()
+    }
+
+    fn bool(&self, key: &str) -> Result<Option<bool>, Error> {
+        let Some(value) = self.get(key) else { return Ok(None) };
+        value.as_bool().map(Some).ok_or_else(|| invalid(key, format!("true or false is expected, not {}", short(value))))
+    }
+
+    fn count(&self, key: &str, default: Option<u32>, max: u32) -> Result<u32, Error> {
+        match self.u32(key)?.or(default) {
+            Some(n) if (1..=max).contains(&n) => Ok(n),
+            Some(n) => Err(invalid(key, format!("{n} is not between 1 and {max}"))),
+            None => Err(invalid(key, "it is missing")),
+        }
+    }
+
+    /// The numbers of a model of `family`. Token ids come from `generation_config.json` where it has them.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a number that is missing or cannot be, [`Error::Unsupported`] for a setting that
+    /// the forward pass cannot follow.
+    pub(crate) fn numbers(&self, family: &Family, files: &Files<'_>) -> Result<Config, Error> {
+        self.refuse_what_cannot_be_followed(family)?;
+        let d = &family.defaults;
+        let n_layers = self.count("num_hidden_layers", None, LAYERS_MAX)?;
+        let hidden = self.count("hidden_size", None, 1 << 24)?;
+        let attention = self.attention(family, hidden, n_layers)?;
+        let rope = self.rope(family, attention.key_length)?;
+        let ffn = self.count("intermediate_size", None, 1 << 28)?;
+        let vocab = self.count("vocab_size", d.vocab, 1 << 24)?;
+        let generation: Option<Map<String, Value>> = files.json_if_any("generation_config.json", JSON_BYTES_MAX)?;
+        let eos = generation.as_ref().and_then(|g| g.get("eos_token_id")).filter(|v| !v.is_null());
+        Ok(Config {
+            architecture: family.architecture.to_owned(),
+            n_layers,
+            hidden,
+            ffn,
+            vocab,
+            context: self.count("max_position_embeddings", d.context, u32::MAX)?,
+            norm_eps: self.f64("rms_norm_eps")?.unwrap_or(d.norm_eps) as f32,
+            post_norms: family.post_norms,
+            activation: family.activation,
+            ffn_bias: family.bias == Bias::Configured && self.bool("mlp_bias")?.unwrap_or(false),
+            embedding_scale: if family.scales_embeddings { (hidden as f32).sqrt() } else { 1.0 },
+            tied_embeddings: self.bool("tie_word_embeddings")?.unwrap_or(d.tied),
+            logit_softcap: self.softcap("final_logit_softcapping", d.logit_softcap)?,
+            attention,
+            rope,
+            experts: self.experts(family)?,
+            bos: self.token_id("bos_token_id").filter(|&id| id < vocab),
+            eos: token_ids(eos.or_else(|| self.get("eos_token_id"))).into_iter().filter(|&id| id < vocab).collect(),
+        })
+    }
+
+    fn attention(&self, family: &Family, hidden: u32, n_layers: u32) -> Result<Attention, Error> {
+        let d = &family.defaults;
+        let n_heads = self.count("num_attention_heads", d.n_heads, 1 << 16)?;
+        let n_kv_heads = self.count("num_key_value_heads", Some(d.n_kv_heads.unwrap_or(n_heads)), 1 << 16)?;
+        if !n_heads.is_multiple_of(n_kv_heads) {
+            return Err(invalid("num_key_value_heads", format!("{n_kv_heads} does not divide the {n_heads} query heads")));
+        }
+        let key_length = self.count("head_dim", Some(d.head_dim.unwrap_or(hidden / n_heads)), HEAD_DIM_MAX)?;
+        if !key_length.is_multiple_of(2) {
+            return Err(invalid("head_dim", format!("{key_length} is odd; rope needs pairs")));
+        }
+        let scalar = match d.query_pre_attn_scalar {
+            Some(default) => self.f64("query_pre_attn_scalar")?.unwrap_or(default),
+            None => f64::from(key_length),
+        };
+        let biased = self.bool("attention_bias")?.unwrap_or(false) && family.bias == Bias::Configured;
+        Ok(Attention {
+            n_heads,
+            n_kv_heads,
+            key_length,
+            value_length: key_length,
+            scale: (1.0 / scalar.sqrt()) as f32,
+            softcap: self.softcap("attn_logit_softcapping", d.attention_softcap)?,
+            qk_norm: family.qk_norm,
+            qkv_bias: family.bias == Bias::Qkv || biased,
+            output_bias: biased,
+            sliding_window: self.sliding_window(family, n_layers)?,
+        })
+    }
+
+    /// A soft cap of a family that has them; null in the file means none.
+    fn softcap(&self, key: &str, default: Option<f64>) -> Result<Option<f32>, Error> {
+        let is_null = |level: &Map<String, Value>| level.get(key).is_some_and(Value::is_null);
+        if self.get(key).is_none() && (is_null(&self.root) || self.text().is_some_and(is_null)) {
+            return Ok(None);
+        }
+        Ok(self.f64(key)?.or(default).map(|cap| cap as f32))
+    }
+
+    fn sliding_window(&self, family: &Family, n_layers: u32) -> Result<Option<SlidingWindow>, Error> {
+        let upper = family.window == Window::Upper;
+        if family.window == Window::None || (upper && !self.bool("use_sliding_window")?.unwrap_or(false)) {
+            return Ok(None);
+        }
+        let Some(n_tokens) = self.u32("sliding_window")?.or(family.defaults.sliding_window) else { return Ok(None) };
+        if n_tokens == 0 {
+            return Err(invalid("sliding_window", "a window of 0 tokens sees nothing"));
+        }
+        let layers: Vec<bool> = match self.get("layer_types") {
+            Some(types) => layer_types(types, n_layers)?,
+            None => {
+                let first = match family.window {
+                    Window::Upper => self.u32("max_window_layers")?.unwrap_or(n_layers),
+                    _ => 0,
+                };
+                let each = match family.window {
+                    Window::AllButEach(each) => Some(self.count("sliding_window_pattern", Some(each), u32::MAX)?),
+                    _ => None,
+                };
+                (0..n_layers).map(|l| l >= first && each.is_none_or(|each| !(l + 1).is_multiple_of(each))).collect()
+            }
+        };
+        Ok(layers.contains(&true).then_some(SlidingWindow { n_tokens, layers }))
+    }
+
+    fn experts(&self, family: &Family) -> Result<Option<Experts>, Error> {
+        let Some(keys) = family.experts else { return Ok(None) };
+        let n = self.count(keys.n, None, EXPERTS_MAX)?;
+        Ok(Some(Experts {
+            n,
+            n_used: self.count("num_experts_per_tok", None, n)?,
+            ffn: self.count(keys.ffn, None, 1 << 28)?,
+            gating: Gating::Softmax,
+            normalise: match keys.normalise {
+                Some(key) => self.bool(key)?.unwrap_or(false),
+                None => true,
+            },
+        }))
+    }
+
+    /// `rope_parameters` (also the nested form by kind of layer), or `rope_scaling` with keys at the top level.
+    fn rope_parameters(&self) -> (Option<&Value>, Option<&Value>) {
+        let all = self.get("rope_parameters").or_else(|| self.get("rope_scaling"));
+        match all {
+            Some(Value::Object(o)) if o.contains_key("full_attention") || o.contains_key("sliding_attention") => {
+                (o.get("full_attention"), o.get("sliding_attention"))
+            }
+            _ => (all, None),
+        }
+    }
+
+    fn rope(&self, family: &Family, key_length: u32) -> Result<Rope, Error> {
+        let (full, sliding) = self.rope_parameters();
+        let within = |parameters: Option<&Value>, key: &str| match parameters.and_then(|p| p.get(key)) {
+            Some(value) if !value.is_null() => positive(key, value).map(Some),
+            _ => Ok(None),
+        };
+        let d = &family.defaults;
+        let base = match within(full, "rope_theta")? {
+            Some(base) => base,
+            None => self.f64("rope_theta")?.unwrap_or(d.rope_base),
+        };
+        let base_sliding = match (d.rope_base_sliding, within(sliding, "rope_theta")?) {
+            (None, _) => None,
+            (Some(_), Some(base)) => Some(base),
+            (Some(default), None) => Some(self.f64("rope_local_base_freq")?.unwrap_or(default)),
+        };
+        let kind = full.and_then(|p| p.get("rope_type").or_else(|| p.get("type"))).and_then(Value::as_str);
+        let factor = || {
+            let value = full.and_then(|p| p.get("factor")).unwrap_or(&Value::Null);
+            positive("rope_scaling.factor", value).map(|f| f as f32)
+        };
+        let scaling = match kind.unwrap_or("default") {
+            "default" => None,
+            "linear" => Some(RopeScaling::Linear { factor: factor()? }),
+            "llama3" => Some(RopeScaling::FrequencyFactors),
+            "yarn" => {
+                let original = match within(full, "original_max_position_embeddings")? {
+                    Some(n) => n as u32,
+                    None => self.count("original_max_position_embeddings", None, u32::MAX)?,
+                };
+                Some(RopeScaling::Yarn {
+                    factor: factor()?,
+                    original_context: original,
+                    beta_fast: within(full, "beta_fast")?.unwrap_or(32.0) as f32,
+                    beta_slow: within(full, "beta_slow")?.unwrap_or(1.0) as f32,
+                    attention_factor: within(full, "attention_factor")?.map(|f| f as f32),
+                })
+            }
+            other => return Err(Error::Unsupported { what: format!("rope scaling of kind {:?}", clip(other)) }),
+        };
+        if scaling == Some(RopeScaling::FrequencyFactors) && family.rope != RopeKind::Interleaved {
+            return Err(Error::Unsupported {
+                what: format!("rope scaling \"llama3\" in the architecture {}", family.architecture),
+            });
+        }
+        Ok(Rope {
+            kind: family.rope,
+            n_dims: key_length,
+            base: base as f32,
+            base_sliding: base_sliding.map(|b| b as f32),
+            scaling,
+        })
+    }
+
+    /// What each pair's frequency is divided by, for models with llama3's rope scaling: short wavelengths are kept,
+    /// long ones stretched by `factor`, those between are interpolated. Element `i` is for pair `i`.
+    ///
+    /// The formula is that of `transformers` (`_compute_llama3_parameters`) in the form of llama.cpp's converter,
+    /// in single precision like both.
+    pub(crate) fn rope_factors(&self, config: &Config) -> Result<Option<Vec<f32>>, Error> {
+        if config.rope.scaling != Some(RopeScaling::FrequencyFactors) {
+            return Ok(None);
+        }
+        let (parameters, _) = self.rope_parameters();
+        let number = |key: &str, default: f64| match parameters.and_then(|p| p.get(key)) {
+            Some(value) if !value.is_null() => positive(key, value).map(|v| v as f32),
+            _ => Ok(default as f32),
+        };
+        let factor = number("factor", 8.0)?;
+        let low = number("low_freq_factor", 1.0)?;
+        let high = number("high_freq_factor", 4.0)?;
+        let context = number("original_max_position_embeddings", 8192.0)?;
+        let n_dims = config.rope.n_dims;
+        let factors = (0..n_dims / 2).map(|pair| {
+            let exponent = (2 * pair) as f32 / n_dims as f32;
+            // The power is taken in double precision, so that every machine rounds to the same single.
+            let frequency = 1.0 / f64::from(config.rope.base).powf(f64::from(exponent)) as f32;
+            let wavelength = std::f32::consts::TAU / frequency;
+            if wavelength < context / high {
+                1.0
+            } else if wavelength > context / low {
+                factor
+            } else {
+                let smooth = (context / wavelength - low) / (high - low);
+                1.0 / ((1.0 - smooth) / factor + smooth)
+            }
+        });
+        let factors: Vec<f32> = factors.collect();
+        if factors.iter().any(|f| !f.is_finite()) {
+            return Err(invalid("rope_scaling", "its numbers give frequencies that are no numbers"));
+        }
+        Ok(Some(factors))
+    }
+
+    fn refuse_what_cannot_be_followed(&self, family: &Family) -> Result<(), Error> {
+        let refuse = |what: String| Err(Error::Unsupported { what });
+        if let Some(quantised) = self.get("quantization_config") {
+            let method = quantised.get("quant_method").and_then(Value::as_str).unwrap_or("unknown");
+            return refuse(format!("its weights are quantised already (method {}); take the original", clip(method)));
+        }
+        let activations: &[&str] = match family.activation {
+            Activation::Silu => &["silu", "swish"],
+            // Early files of Gemma say "gelu" and mean the tanh form.
+            Activation::GeluTanh => &["gelu_pytorch_tanh", "gelu"],
+        };
+        let activation = self.get("hidden_activation").or_else(|| self.get("hidden_act"));
+        if let Some(other) = activation.filter(|v| !v.as_str().is_some_and(|s| activations.contains(&s))) {
+            return refuse(format!("hidden_act {}; {} is expected", short(other), activations[0]));
+        }
+        if self.f64("partial_rotary_factor")?.is_some_and(|f| f != 1.0) {
+            return refuse("partial_rotary_factor other than 1".to_owned());
+        }
+        if family.experts.is_some() {
+            let dense = self.get("mlp_only_layers").and_then(Value::as_array).is_some_and(|l| !l.is_empty());
+            if dense || self.u32("decoder_sparse_step")?.is_some_and(|step| step != 1) {
+                return refuse("dense layers among the routed ones (mlp_only_layers, decoder_sparse_step)".to_owned());
+            }
+        }
+        Ok(())
+    }
+}
+
+fn layer_types(types: &Value, n_layers: u32) -> Result<Vec<bool>, Error> {
+    let types = types.as_array().map(Vec::as_slice).unwrap_or_default();
+    if types.len() != n_layers as usize {
+        return Err(invalid("layer_types", format!("{} entries for {n_layers} layers", types.len())));
+    }
+    let is_sliding = |value: &Value| match value.as_str() {
+        Some("sliding_attention") => Ok(true),
+        Some("full_attention") => Ok(false),
+        _ => Err(Error::Unsupported { what: format!("a layer of type {}", short(value)) }),
+    };
+    types.iter().map(is_sliding).collect()
+}
+
+fn token_ids(value: Option<&Value>) -> Vec<u32> {
+    let one = |v: &Value| v.as_u64().and_then(|id| u32::try_from(id).ok());
+    match value {
+        Some(Value::Array(ids)) => ids.iter().take(64).filter_map(one).collect(),
+        Some(id) => one(id).into_iter().collect(),
+        None => Vec::new(),
+    }
+}
+
+fn positive(key: &str, value: &Value) -> Result<f64, Error> {
+    let n = value.as_f64().filter(|n| *n > 0.0 && *n <= f64::from(f32::MAX));
+    n.ok_or_else(|| invalid(key, format!("a positive number is expected, not {}", short(value))))
+}
+
+fn invalid(key: &str, reason: impl Into<String>) -> Error {
+    Error::Config { key: key.to_owned(), reason: reason.into() }
+}
+
+fn short(value: &Value) -> String {
+    clip(&value.to_string())
+}
+
+fn clip(text: &str) -> String {
+    text.chars().take(60).collect()
+}

@@ -1,0 +1,144 @@
+//! The keys of a vindex's first part that say what the model is; the tokenizer's are in `tokenizer`.
+//!
+//! Invariant: for the same model, llama.cpp's converter writes the same keys with the same values, except those that
+//! it derives from names of directories. Keys of ours that it does not write are few: a sliding window it drops.
+
+use crate::config::{Config, RopeKind, RopeScaling};
+use crate::config_json::ConfigJson;
+use crate::families::Family;
+use crate::gguf::MetaValue;
+use crate::plan::PlannedPart;
+use crate::recipe::Recipe;
+
+/// Version of the block types' layout that GGUF readers know.
+const QUANTIZATION_VERSION: u32 = 2;
+
+/// `general.*` and the keys of the architecture, in writing order.
+pub(crate) fn of_model(
+    model_name: &str,
+    json: &ConfigJson,
+    family: &Family,
+    config: &Config,
+    recipe: Recipe,
+    parts: &[PlannedPart],
+) -> Vec<(String, MetaValue)> {
+    let text = |t: &str| MetaValue::String(t.to_owned());
+    let mut keys: Vec<(String, MetaValue)> = vec![
+        ("general.architecture".to_owned(), text(family.architecture)),
+        ("general.type".to_owned(), text("model")),
+        ("general.name".to_owned(), text(if model_name.is_empty() { "model" } else { model_name })),
+        ("general.size_label".to_owned(), MetaValue::String(size_label(parts))),
+        ("general.file_type".to_owned(), MetaValue::U32(recipe.file_type())),
+        ("general.quantization_version".to_owned(), MetaValue::U32(QUANTIZATION_VERSION)),
+    ];
+    let mut put = |key: &str, value: MetaValue| keys.push((format!("{}.{key}", family.architecture), value));
+    let (a, rope) = (&config.attention, &config.rope);
+    put("block_count", MetaValue::U32(config.n_layers));
+    put("context_length", MetaValue::U32(config.context));
+    put("embedding_length", MetaValue::U32(config.hidden));
+    put("feed_forward_length", MetaValue::U32(config.ffn));
+    if family.writes.llama_keys {
+        put("vocab_size", MetaValue::U32(config.vocab));
+    }
+    put("attention.head_count", MetaValue::U32(a.n_heads));
+    put("attention.head_count_kv", MetaValue::U32(a.n_kv_heads));
+    put("attention.layer_norm_rms_epsilon", MetaValue::F32(config.norm_eps));
+    if family.writes.head_dim_always || json.has_head_dim() {
+        put("attention.key_length", MetaValue::U32(a.key_length));
+        put("attention.value_length", MetaValue::U32(a.value_length));
+    }
+    if let Some(window) = &a.sliding_window {
+        put("attention.sliding_window", MetaValue::U32(window.n_tokens));
+    }
+    if let Some(cap) = a.softcap {
+        put("attn_logit_softcapping", MetaValue::F32(cap));
+    }
+    if let Some(cap) = config.logit_softcap {
+        put("final_logit_softcapping", MetaValue::F32(cap));
+    }
+    if family.writes.rope_base_always || rope.base != 10_000.0 {
+        put("rope.freq_base", MetaValue::F32(rope.base));
+    }
+    if let Some(base) = rope.base_sliding {
+        put("rope.freq_base_swa", MetaValue::F32(base));
+    }
+    if family.writes.llama_keys {
+        put("rope.dimension_count", MetaValue::U32(rope.n_dims));
+    }
+    match rope.scaling {
+        Some(RopeScaling::Linear { factor }) => {
+            put("rope.scaling.type", text("linear"));
+            put("rope.scaling.factor", MetaValue::F32(factor));
+        }
+        Some(RopeScaling::Yarn { factor, original_context, beta_fast, beta_slow, attention_factor }) => {
+            put("rope.scaling.type", text("yarn"));
+            put("rope.scaling.factor", MetaValue::F32(factor));
+            put("rope.scaling.original_context_length", MetaValue::U32(original_context));
+            put("rope.scaling.yarn_beta_fast", MetaValue::F32(beta_fast));
+            put("rope.scaling.yarn_beta_slow", MetaValue::F32(beta_slow));
+            if let Some(factor) = attention_factor {
+                put("rope.scaling.yarn_attn_factor", MetaValue::F32(factor));
+            }
+        }
+        Some(RopeScaling::FrequencyFactors) | None => {}
+    }
+    if let Some(experts) = &config.experts {
+        put("expert_count", MetaValue::U32(experts.n));
+        put("expert_used_count", MetaValue::U32(experts.n_used));
+        if experts.ffn != config.ffn {
+            put("expert_feed_forward_length", MetaValue::U32(experts.ffn));
+        }
+    }
+    keys
+}
+
+/// Where llama.cpp's forward pass is known to leave the model's configuration.
+pub(crate) fn not_followed_by_llama_cpp(config: &Config) -> Vec<String> {
+    let mut warnings = Vec::new();
+    if let Some(window) = config.attention.sliding_window.as_ref().filter(|_| !config.post_norms) {
+        warnings.push(format!(
+            "llama.cpp knows no sliding window for the architecture {}: its texts differ beyond {} tokens",
+            config.architecture, window.n_tokens
+        ));
+    }
+    if config.experts.is_some_and(|e| !e.normalise) && config.rope.kind == RopeKind::Neox {
+        warnings.push(format!(
+            "llama.cpp normalises the experts' weights for the architecture {}, this model does not",
+            config.architecture
+        ));
+    }
+    warnings
+}
+
+/// How many parameters, as `general.size_label` says it: `0.6B`, `8x7B`. The experts' count stands before the size of
+/// all that is shared plus one expert of each layer.
+fn size_label(parts: &[PlannedPart]) -> String {
+    let (mut shared, mut one_expert, mut n_experts) = (0_u64, 0_u64, None);
+    for tensor in parts.iter().flat_map(|p| &p.tensors) {
+        let count = tensor.ne.iter().product::<u64>();
+        match tensor.ne.as_slice() {
+            [_, _, experts] if tensor.name.contains("_exps.") => {
+                n_experts = Some(*experts);
+                one_expert += count / experts;
+            }
+            _ => shared += count,
+        }
+    }
+    let size = rounded(shared + one_expert);
+    n_experts.map_or(size.clone(), |n| format!("{n}x{size}"))
+}
+
+/// A count with at least two digits and its unit.
+fn rounded(count: u64) -> String {
+    let (scaled, unit) = match count as f64 {
+        n if n > 1e12 => (n * 1e-12, "T"),
+        n if n > 1e9 => (n * 1e-9, "B"),
+        n if n > 1e6 => (n * 1e-6, "M"),
+        n => (n * 1e-3, "K"),
+    };
+    let n_digits = match scaled.round_ties_even() as u64 {
+        0 => 0,
+        whole => whole.ilog10() as usize + 1,
+    };
+    format!("{scaled:.*}{unit}", 2_usize.saturating_sub(n_digits))
+}

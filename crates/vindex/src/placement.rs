@@ -1,0 +1,191 @@
+//! Every tensor of a checkpoint put into its part, by the family's name map, or left out with a reason.
+//!
+//! Invariant: no tensor of the checkpoint is lost without a word, and each that is used has the shape which the
+//! configuration says and a type that we read.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::checkpoint::{Checkpoint, Dtype, SourceTensor};
+use crate::config::{Config, RopeKind};
+use crate::config_json::ConfigJson;
+use crate::error::Error;
+use crate::families::{Family, Fold, Place, Row};
+use crate::plan::{Component, LeftOut, PlannedPart, PlannedTensor, Transform, Values};
+use crate::recipe::Recipe;
+
+/// As many missing tensors are listed; a configuration that lies about its layers has no end of them.
+const MISSING_MAX: usize = 1_000;
+
+pub(crate) struct Placed {
+    pub(crate) parts: Vec<PlannedPart>,
+    pub(crate) left_out: Vec<LeftOut>,
+}
+
+pub(crate) fn place(
+    checkpoint: &Checkpoint,
+    json: &ConfigJson,
+    family: &Family,
+    config: &Config,
+    recipe: Recipe,
+) -> Result<Placed, Error> {
+    let mut found = Found::of(checkpoint)?;
+    let layers = 0..config.n_layers;
+    let mut parts = vec![
+        PlannedPart { component: Component::Metadata, tensors: Vec::new() },
+        PlannedPart { component: Component::Embeddings, tensors: Vec::new() },
+    ];
+    for layer in layers.clone() {
+        parts.push(PlannedPart { component: Component::Attention { layer }, tensors: Vec::new() });
+        parts.push(PlannedPart { component: Component::FeedForward { layer }, tensors: Vec::new() });
+    }
+    'rows: for row in family.rows_for(config) {
+        let layers = if row.source.contains("{l}") { layers.clone() } else { 0..1 };
+        for layer in layers {
+            let part = match row.place {
+                Place::Embeddings => 1,
+                Place::Attention => 2 + 2 * layer as usize,
+                Place::FeedForward => 3 + 2 * layer as usize,
+            };
+            parts[part].tensors.extend(found.take(row, layer, family, config, recipe)?);
+            if found.missing.len() >= MISSING_MAX {
+                break 'rows;
+            }
+        }
+    }
+    if !found.missing.is_empty() {
+        return Err(Error::MissingTensors { tensors: found.missing });
+    }
+    if let Some(values) = json.rope_factors(config)? {
+        let ne = vec![values.len() as u64];
+        let name = "rope_freqs.weight".to_owned();
+        let block_type = recipe.block_type(&name, &ne);
+        parts[1].tensors.push(PlannedTensor { name, ne, block_type, values: Values::Computed { values } });
+    }
+    Ok(Placed { parts, left_out: found.rest(json, family, config)? })
+}
+
+/// The checkpoint's tensors under the names of the name maps, and what has been made of them.
+struct Found<'a> {
+    /// Name in the map, then name in the checkpoint and its tensor.
+    tensors: BTreeMap<String, (&'a str, &'a SourceTensor)>,
+    used: BTreeSet<String>,
+    missing: Vec<String>,
+}
+
+impl<'a> Found<'a> {
+    fn of(checkpoint: &'a Checkpoint) -> Result<Found<'a>, Error> {
+        let mut tensors: BTreeMap<String, (&str, &SourceTensor)> = BTreeMap::new();
+        for (name, tensor) in checkpoint.tensors() {
+            // A model inside a multimodal one: `language_model.model.…` or `model.language_model.…`.
+            let plain = name.replacen("language_model.", "", 1);
+            if let Some((other, _)) = tensors.insert(plain, (name, tensor)) {
+                let reason = format!("tensors {name} and {other} are two of one name");
+                return Err(Error::Checkpoint { file: tensor.file.clone(), reason });
+            }
+        }
+        Ok(Found { tensors, used: BTreeSet::new(), missing: Vec::new() })
+    }
+
+    /// The tensor of one line of the map in one layer; `None` with a note in `missing` when it is not there.
+    fn take(
+        &mut self,
+        row: &Row,
+        layer: u32,
+        family: &Family,
+        config: &Config,
+        recipe: Recipe,
+    ) -> Result<Option<PlannedTensor>, Error> {
+        let shape: Vec<u64> = row.shape.iter().map(|d| d.of(config)).collect();
+        let in_layer = row.source.replace("{l}", &layer.to_string());
+        let n_experts = config.experts.filter(|_| row.source.contains("{e}")).map(|e| e.n);
+        let mut sources = Vec::new();
+        for expert in 0..n_experts.unwrap_or(1) {
+            let plain = in_layer.replace("{e}", &expert.to_string());
+            let Some(&(name, tensor)) = self.tensors.get(&plain) else {
+                self.missing.push(plain);
+                if self.missing.len() >= MISSING_MAX {
+                    return Ok(None);
+                }
+                continue;
+            };
+            check(name, tensor, &shape)?;
+            self.used.insert(plain);
+            sources.push(name.to_owned());
+        }
+        if sources.len() != n_experts.unwrap_or(1) as usize {
+            return Ok(None);
+        }
+        let prefix = if row.source.contains("{l}") { format!("blk.{layer}.") } else { String::new() };
+        let name = prefix + row.target;
+        let ne: Vec<u64> = shape.into_iter().rev().chain(n_experts.map(u64::from)).collect();
+        let transform = match row.fold {
+            Fold::Norm if family.norms_around_zero => Transform::AddOne,
+            Fold::RopeQueries if family.rope == RopeKind::Interleaved => {
+                Transform::InterleaveRope { n_heads: config.attention.n_heads }
+            }
+            Fold::RopeKeys if family.rope == RopeKind::Interleaved => {
+                Transform::InterleaveRope { n_heads: config.attention.n_kv_heads }
+            }
+            _ => Transform::None,
+        };
+        let block_type = recipe.block_type(&name, &ne);
+        Ok(Some(PlannedTensor { name, ne, block_type, values: Values::Checkpoint { tensors: sources, transform } }))
+    }
+
+    /// What no line of the map took: left out with a reason, or unknown.
+    fn rest(&self, json: &ConfigJson, family: &Family, config: &Config) -> Result<Vec<LeftOut>, Error> {
+        let nextn = config.n_layers..config.n_layers.saturating_add(json.n_nextn_layers()?);
+        let mut left_out = Vec::new();
+        let mut unknown = Vec::new();
+        for (plain, (name, tensor)) in &self.tensors {
+            if self.used.contains(plain) {
+                continue;
+            }
+            let layer = plain.strip_prefix("model.layers.").and_then(|r| r.split('.').next()?.parse::<u32>().ok());
+            let reason = if plain.ends_with(".rotary_emb.inv_freq") {
+                "computed from the configuration"
+            } else if plain == "lm_head.weight" && config.tied_embeddings {
+                "the output head is the embedding matrix"
+            } else if plain.starts_with("mtp.") || plain.starts_with("model.mtp.") {
+                "multi-token prediction, not part of the model proper"
+            } else if layer.is_some_and(|l| nextn.contains(&l)) {
+                "a layer of multi-token prediction, not part of the model proper"
+            } else if json.has_vision() && is_vision(plain) {
+                "the model's vision, not part of its text model"
+            } else {
+                unknown.push(format!("{}: {name}", tensor.file));
+                continue;
+            };
+            left_out.push(LeftOut { tensor: (*name).to_owned(), reason: reason.to_owned() });
+        }
+        if !unknown.is_empty() {
+            return Err(Error::UnknownTensors { family: family.architecture.to_owned(), tensors: unknown });
+        }
+        Ok(left_out)
+    }
+}
+
+fn check(name: &str, tensor: &SourceTensor, expected: &[u64]) -> Result<(), Error> {
+    if let Dtype::Other(_) = tensor.dtype {
+        return Err(Error::Dtype {
+            file: tensor.file.clone(),
+            tensor: name.to_owned(),
+            dtype: tensor.dtype.to_string(),
+        });
+    }
+    if tensor.shape != expected {
+        return Err(Error::Shape {
+            file: tensor.file.clone(),
+            tensor: name.to_owned(),
+            expected: expected.to_vec(),
+            got: tensor.shape.clone(),
+        });
+    }
+    Ok(())
+}
+
+fn is_vision(name: &str) -> bool {
+    ["vision_tower.", "vision_model.", "multi_modal_projector.", "visual."]
+        .iter()
+        .any(|part| name.starts_with(part) || name.strip_prefix("model.").is_some_and(|n| n.starts_with(part)))
+}

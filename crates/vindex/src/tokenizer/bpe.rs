@@ -1,0 +1,226 @@
+//! `tokenizer.json`: byte-pair encoding, either over bytes (GPT-2's kind) or over characters with byte fallback
+//! (SentencePiece's kind, when `tokenizer.model` is not shipped).
+//!
+//! Invariant: the second kind is accepted only where merging by score gives the order that merging by rank has,
+//! which is proven on the merges themselves.
+
+use std::collections::{HashMap, HashSet};
+
+use serde::Deserialize;
+use serde_json::Value;
+
+use super::{TokenType, Vocabulary, added_token, filler, pre};
+use crate::error::Error;
+
+const FILE: &str = "tokenizer.json";
+/// Score of tokens that no merge makes.
+const UNMERGED_SCORE: f32 = -1_000_000.0;
+
+/// The parts of `tokenizer.json` that GGUF keeps.
+#[derive(Deserialize)]
+pub(super) struct TokenizerJson {
+    #[serde(default)]
+    pub(super) added_tokens: Vec<AddedToken>,
+    #[serde(default)]
+    normalizer: Value,
+    #[serde(default)]
+    pre_tokenizer: Value,
+    #[serde(default)]
+    pub(super) post_processor: Value,
+    #[serde(default)]
+    decoder: Value,
+    model: Model,
+}
+
+#[derive(Deserialize)]
+pub(super) struct AddedToken {
+    pub(super) id: u32,
+    pub(super) content: String,
+    #[serde(default)]
+    special: bool,
+}
+
+#[derive(Deserialize)]
+struct Model {
+    vocab: HashMap<String, u32>,
+    merges: Vec<Merge>,
+    #[serde(default)]
+    byte_fallback: bool,
+    #[serde(default)]
+    ignore_merges: bool,
+}
+
+/// `"a b"` in older files, `["a", "b"]` since spaces may be part of a token.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Merge {
+    Line(String),
+    Pair([String; 2]),
+}
+
+impl Merge {
+    fn pair(&self) -> Option<(&str, &str)> {
+        match self {
+            Merge::Line(line) => line.split_once(' '),
+            Merge::Pair([left, right]) => Some((left, right)),
+        }
+    }
+
+    /// One line; a space inside a token becomes `Ġ`, as llama.cpp's converter writes it.
+    fn line(&self) -> String {
+        match self {
+            Merge::Line(line) => line.clone(),
+            Merge::Pair([left, right]) => format!("{} {}", left.replace(' ', "Ġ"), right.replace(' ', "Ġ")),
+        }
+    }
+}
+
+/// Parses the file, and says which kinds of tokenizer are read where it is another.
+pub(super) fn parse(json: &str) -> Result<TokenizerJson, Error> {
+    #[derive(Deserialize)]
+    struct Kind {
+        model: KindOfModel,
+    }
+    #[derive(Deserialize)]
+    struct KindOfModel {
+        r#type: Option<String>,
+    }
+    let kind: Kind = serde_json::from_str(json).map_err(|e| bad(format!("it is not a tokenizer: {e}")))?;
+    match kind.model.r#type.as_deref() {
+        None | Some("BPE") => serde_json::from_str(json).map_err(|e| bad(format!("it is not a BPE tokenizer: {e}"))),
+        Some(other) => Err(bad(format!(
+            "its model is of type {:?}; BPE is read, or a SentencePiece file tokenizer.model",
+            other.chars().take(40).collect::<String>()
+        ))),
+    }
+}
+
+/// The vocabulary with one token for each of `n_vocab` rows of the embedding matrix.
+pub(super) fn vocabulary(json: &TokenizerJson, n_vocab: usize) -> Result<Vocabulary, Error> {
+    let mut rows: Vec<Option<(&str, TokenType)>> = vec![None; n_vocab];
+    for (token, &id) in &json.model.vocab {
+        let row = rows.get_mut(id as usize).ok_or_else(|| beyond(token, id, n_vocab))?;
+        if let Some((other, _)) = row.replace((token, TokenType::Normal)) {
+            return Err(bad(format!("tokens {token:?} and {other:?} have the same id {id}")));
+        }
+    }
+    let mut added: HashMap<u32, (String, TokenType)> = HashMap::new();
+    for token in &json.added_tokens {
+        if token.id as usize >= n_vocab {
+            return Err(beyond(&token.content, token.id, n_vocab));
+        }
+        added.insert(token.id, added_token(&token.content, token.special));
+    }
+    let mut tokens = Vec::with_capacity(n_vocab);
+    let mut types = Vec::with_capacity(n_vocab);
+    for (id, row) in rows.iter().enumerate() {
+        let (token, kind) = match (added.remove(&(id as u32)), row) {
+            (Some(added), _) => added,
+            (None, Some((token, kind))) => ((*token).to_owned(), *kind),
+            (None, None) => (filler(id), TokenType::Unused),
+        };
+        tokens.push(token);
+        types.push(kind);
+    }
+    if json.model.byte_fallback {
+        scored(json, tokens, types)
+    } else if pre::has_byte_level(&json.decoder) {
+        let (pre, warning) = pre::name(&json.pre_tokenizer, json.model.ignore_merges);
+        Ok(Vocabulary {
+            model: "gpt2",
+            pre,
+            tokens,
+            scores: None,
+            types,
+            merges: Some(json.model.merges.iter().map(Merge::line).collect()),
+            add_space_prefix: None,
+            warnings: warning.into_iter().collect(),
+        })
+    } else {
+        Err(bad("its BPE is neither over bytes (ByteLevel) nor with byte fallback".to_owned()))
+    }
+}
+
+/// Merging by rank as merging by score: llama.cpp joins the pair whose result has the highest score, so a token's
+/// score is minus the rank of the merges that make it. This is the same procedure when all merges of one token
+/// follow each other, and when every two tokens whose join is a token may be merged.
+fn scored(json: &TokenizerJson, tokens: Vec<String>, mut types: Vec<TokenType>) -> Result<Vocabulary, Error> {
+    let vocab = &json.model.vocab;
+    let refuse = |what: &str| {
+        Err(bad(format!("{what}, so that GGUF's scores cannot say its order; the checkpoint needs its tokenizer.model")))
+    };
+    let added: HashSet<&str> = json.added_tokens.iter().map(|t| t.content.as_str()).collect();
+    let mut scores: Vec<f32> = vec![UNMERGED_SCORE; tokens.len()];
+    let mut made = HashSet::new();
+    let mut pairs = HashSet::new();
+    let mut last = None;
+    for merge in &json.model.merges {
+        let Some((left, right)) = merge.pair() else { return refuse("it has a merge that is not of two tokens") };
+        let joined = [left, right].concat();
+        let (Some(&id), true, true) = (vocab.get(&joined), vocab.contains_key(left), vocab.contains_key(right)) else {
+            return refuse("it has a merge of unknown tokens");
+        };
+        if last != Some(id) {
+            if !made.insert(id) {
+                return refuse("the merges of one token do not follow each other");
+            }
+            scores[id as usize] = -(made.len() as f32);
+            last = Some(id);
+        }
+        pairs.insert((left, right));
+    }
+    for token in vocab.keys().filter(|t| !added.contains(t.as_str())) {
+        if is_byte(token) {
+            types[vocab[token] as usize] = TokenType::Byte;
+            continue;
+        }
+        for (at, _) in token.char_indices().skip(1) {
+            let (left, right) = token.split_at(at);
+            let both_known = vocab.contains_key(left) && vocab.contains_key(right);
+            if both_known && !pairs.contains(&(left, right)) {
+                return refuse("it has tokens that its merges do not make");
+            }
+        }
+    }
+    Ok(Vocabulary {
+        model: "llama",
+        pre: "default",
+        tokens,
+        scores: Some(scores),
+        types,
+        merges: None,
+        add_space_prefix: Some(prepends_space(&json.normalizer) || prepends_space(&json.pre_tokenizer)),
+        warnings: Vec::new(),
+    })
+}
+
+/// `<0x0A>` and the like, which stand for one byte.
+fn is_byte(token: &str) -> bool {
+    let hex = token.strip_prefix("<0x").and_then(|t| t.strip_suffix('>'));
+    hex.is_some_and(|h| h.len() == 2 && h.bytes().all(|b| b.is_ascii_hexdigit()))
+}
+
+/// True when a normaliser or pre-tokenizer puts `▁` before a text.
+fn prepends_space(step: &Value) -> bool {
+    let steps = ["normalizers", "pretokenizers"].iter().find_map(|k| step.get(*k)).and_then(Value::as_array);
+    if let Some(steps) = steps {
+        return steps.iter().any(prepends_space);
+    }
+    let text = |key: &str| step.get(key).and_then(Value::as_str);
+    match text("type") {
+        Some("Prepend") => text("prepend") == Some("▁"),
+        Some("Metaspace") => match text("prepend_scheme") {
+            Some(scheme) => scheme != "never",
+            None => step.get("add_prefix_space").and_then(Value::as_bool).unwrap_or(true),
+        },
+        _ => false,
+    }
+}
+
+fn beyond(token: &str, id: u32, n_vocab: usize) -> Error {
+    bad(format!("token {token:?} has id {id}, the embedding matrix has {n_vocab} rows"))
+}
+
+fn bad(reason: String) -> Error {
+    Error::Tokenizer { file: FILE.to_owned(), reason }
+}
