@@ -116,6 +116,17 @@ pub enum Error {
         /// What is wrong or not supported.
         reason: String,
     },
+    /// The values of a tensor could not be read from the checkpoint.
+    #[error("cannot read tensor {tensor} from {file} of the source")]
+    Values {
+        /// Path inside the source.
+        file: String,
+        /// Name in the checkpoint.
+        tensor: String,
+        /// What the source says.
+        #[source]
+        source: SourceError,
+    },
     /// A file does not follow GGUF version 3, or is larger than our bounds.
     #[error("{} is not a GGUF file that can be read: {reason}", path.display())]
     Gguf {

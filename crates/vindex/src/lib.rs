@@ -1,24 +1,43 @@
 //! The directory of a model's weights, a vindex: made from a checkpoint's files, part by part.
 //!
-//! The route: a [`Source`] gives bytes by range, the planning half reads its configuration, tokenizer and headers and
+//! The route: a [`Source`] gives bytes by range, [`plan()`] reads its configuration, tokenizer and headers and
 //! says every tensor of the vindex, and the storing half executes that [`Plan`].
 //!
 //! Invariant: the plan and the checkpoint's bytes alone decide the bytes of the vindex. No network and no async here.
 
 mod checkpoint;
 mod config;
+mod config_json;
+mod dump;
 mod error;
+mod families;
+mod extract;
 mod gguf;
+mod index;
 mod local;
+mod metadata;
+mod placement;
+mod open;
 mod plan;
+mod provenance;
 mod recipe;
+mod slice;
 mod source;
+mod tokenizer;
+mod verify;
 
 pub use checkpoint::{Checkpoint, Dtype, OtherDtype, SourceTensor};
 pub use config::{Activation, Attention, Config, Experts, Gating, Rope, RopeKind, RopeScaling, SlidingWindow};
+pub use dump::dump;
 pub use error::{Error, Wrong, WrongPart};
-pub use gguf::{MetaArray, MetaValue};
+pub use extract::{ExtractOptions, Progress, extract};
+pub use gguf::{Header, MetaArray, MetaValue, TensorInfo, read_header};
+pub use index::{FORMAT, INDEX_FILE, Index, NoVindexId, Part, Tensor, VindexId};
 pub use local::LocalDir;
-pub use plan::{Component, LeftOut, Plan, PlannedPart, PlannedTensor, Transform, Values};
+pub use open::{TensorView, Vindex};
+pub use plan::{Component, LeftOut, Plan, PlannedPart, PlannedTensor, Transform, Values, plan};
+pub use provenance::{PROVENANCE_FILE, Provenance};
 pub use recipe::{Recipe, UnknownRecipe};
+pub use slice::{SLICE_FILE, Slice, SliceContent, SliceFile, UnknownSlice, slice_files, slice_files_of_index};
 pub use source::{Origin, Source, SourceError, SourceFile};
+pub use verify::{Verified, verify};

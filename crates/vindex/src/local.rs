@@ -4,6 +4,7 @@
 //! into the `blobs` folder beside it. Files in subdirectories are not listed; no checkpoint keeps its own there.
 
 use std::collections::BTreeMap;
+use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -91,6 +92,15 @@ impl Source for LocalDir {
 
     fn origin(&self) -> Origin {
         self.origin.clone()
+    }
+
+    /// Paths, sizes and times of change.
+    fn fingerprint(&self) -> Result<String, SourceError> {
+        let mut text = String::new();
+        for file in self.files.values() {
+            let _ = writeln!(text, "{:?} {} {:?}", file.path, file.size_bytes, fs::metadata(&file.path)?.modified()?);
+        }
+        Ok(text)
     }
 }
 

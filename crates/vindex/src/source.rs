@@ -48,6 +48,16 @@ pub trait Source: Send + Sync {
 
     /// Where this is.
     fn origin(&self) -> Origin;
+
+    /// A text that changes when bytes behind any path may have changed. An interrupted extraction is only continued
+    /// from a source with the same text; it goes nowhere else.
+    ///
+    /// # Errors
+    /// When the listing cannot be read.
+    fn fingerprint(&self) -> Result<String, SourceError> {
+        let Origin { repo, commit, .. } = self.origin();
+        Ok(format!("{repo:?} {commit:?} {:?}", self.files()?))
+    }
 }
 
 /// A source's files, listed once; reads name the file in their errors.

@@ -1,0 +1,153 @@
+//! Whether a directory holds what it says: every byte of the recorded slice is hashed and every header read.
+//!
+//! Invariant: all wrong parts are found and told, not only the first.
+
+use std::fs::File;
+use std::io::ErrorKind;
+use std::path::Path;
+
+use rayon::prelude::*;
+
+use crate::error::{Error, Wrong, WrongPart};
+use crate::extract::Progress;
+use crate::gguf::{self, MetaValue};
+use crate::index::{Index, VindexId, hash_range};
+use crate::open::{map, names, read_index, read_slice};
+use crate::slice::Slice;
+
+/// What was found to be intact.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Verified {
+    /// The identity of the content.
+    pub id: VindexId,
+    /// What of it the directory holds.
+    pub slice: Slice,
+    /// Parts of the slice.
+    pub n_parts: usize,
+    /// Their lengths together.
+    pub bytes: u64,
+}
+
+/// Hashes every part that the recorded slice of `dir` should hold, and compares with the index: length, sha256, the
+/// hash of each expert, and each part's own header. Reads every byte, on all cores.
+///
+/// # Errors
+/// [`Error::Damaged`] with every wrong part; [`Error::NotAVindex`], [`Error::Index`] and [`Error::Io`] as
+/// [`crate::Vindex::open`].
+pub fn verify(dir: &Path, progress: &(dyn Fn(Progress) + Sync)) -> Result<Verified, Error> {
+    let (index_json, index) = read_index(dir)?;
+    let slice = read_slice(dir)?;
+    let parts: Vec<usize> = (0..index.parts.len()).filter(|&i| slice.holds(index.parts[i].component)).collect();
+    let bytes = parts.iter().fold(0u64, |sum, &i| sum.saturating_add(index.parts[i].size_bytes));
+    progress(Progress::Started { n_parts: parts.len(), bytes_total: bytes });
+    let wrong: Vec<WrongPart> = parts
+        .par_iter()
+        .filter_map(|&i| match verify_part(dir, &index, i, progress) {
+            Ok(()) => {
+                let (file, size_bytes) = (index.parts[i].file.clone(), index.parts[i].size_bytes);
+                progress(Progress::PartDone { index: i, n_parts: index.parts.len(), file, size_bytes });
+                None
+            }
+            Err((what, tensors)) => Some(WrongPart { file: index.parts[i].file.clone(), what, tensors }),
+        })
+        .collect();
+    if !wrong.is_empty() {
+        return Err(Error::Damaged { path: dir.to_owned(), wrong });
+    }
+    Ok(Verified { id: VindexId::of(&index_json), slice, n_parts: parts.len(), bytes })
+}
+
+/// What is wrong with part `i`, and the tensors that it damages.
+fn verify_part(
+    dir: &Path,
+    index: &Index,
+    i: usize,
+    progress: &(dyn Fn(Progress) + Sync),
+) -> Result<(), (Wrong, Vec<String>)> {
+    let part = &index.parts[i];
+    let path = dir.join(&part.file);
+    let unreadable = |e: std::io::Error| (Wrong::Unreadable(e.to_string()), names(index, i));
+    let file = match File::open(&path) {
+        Ok(file) => file,
+        Err(e) if e.kind() == ErrorKind::NotFound => return Err((Wrong::Missing, names(index, i))),
+        Err(e) => return Err(unreadable(e)),
+    };
+    let got = file.metadata().map_err(unreadable)?.len();
+    if got != part.size_bytes {
+        return Err((Wrong::Size { expected: part.size_bytes, got }, damaged(&file, index, i)));
+    }
+    let got = hash_range(&file, 0, part.size_bytes, &|n| progress(Progress::Bytes(n))).map_err(unreadable)?;
+    if got != part.sha256 {
+        return Err((Wrong::Sha256 { expected: part.sha256.clone(), got }, damaged(&file, index, i)));
+    }
+    let bytes = map(&file, &path).map_err(|e| (Wrong::Unreadable(e.to_string()), names(index, i)))?;
+    let header = gguf::read_header(&bytes).and_then(|header| compare(&header, index, i));
+    header.map_err(|why| (Wrong::Header(why), names(index, i)))?;
+    let experts = damaged_experts(&file, index, i);
+    if !experts.is_empty() {
+        return Err((Wrong::Header("the index has other hashes for experts".to_owned()), experts));
+    }
+    Ok(())
+}
+
+/// Tensors of a part that is known to be damaged. Stacked experts have hashes of their own and are told one by one; a
+/// tensor without may be damaged and therefore counts.
+fn damaged(file: &File, index: &Index, i: usize) -> Vec<String> {
+    let tensors = index.tensors.iter().filter(|tensor| tensor.part as usize == i && tensor.experts.is_none());
+    tensors.map(|tensor| tensor.name.clone()).chain(damaged_experts(file, index, i)).collect()
+}
+
+/// `name[expert]` of each expert whose bytes are not there or not those of the index.
+fn damaged_experts(file: &File, index: &Index, i: usize) -> Vec<String> {
+    let mut damaged = Vec::new();
+    for tensor in index.tensors.iter().filter(|tensor| tensor.part as usize == i) {
+        let Some(experts) = &tensor.experts else { continue };
+        let expert_bytes = tensor.size_bytes / experts.len() as u64;
+        for (k, expected) in experts.iter().enumerate() {
+            let got = hash_range(file, tensor.offset_bytes + k as u64 * expert_bytes, expert_bytes, &|_| ());
+            if got.ok().as_ref() != Some(expected) {
+                damaged.push(format!("{}[{k}]", tensor.name));
+            }
+        }
+    }
+    damaged
+}
+
+/// Whether a part's own header says what the index says of it.
+fn compare(header: &gguf::Header, index: &Index, i: usize) -> Result<(), String> {
+    let split = [
+        ("split.no", MetaValue::U16(i as u16)),
+        ("split.count", MetaValue::U16(index.parts.len() as u16)),
+        ("split.tensors.count", MetaValue::I32(index.tensors.len() as i32)),
+    ];
+    for (key, expected) in split {
+        let got = header.metadata.iter().find(|(k, _)| k == key).map(|(_, value)| value);
+        if got != Some(&expected) {
+            return Err(format!("{key} is {got:?}, expected {expected:?}"));
+        }
+    }
+    let expected: Vec<_> = index.tensors.iter().filter(|tensor| tensor.part as usize == i).collect();
+    if header.tensors.len() != expected.len() {
+        return Err(format!("{} tensors, expected {}", header.tensors.len(), expected.len()));
+    }
+    for (got, expected) in header.tensors.iter().zip(expected) {
+        let same = got.name == expected.name
+            && got.ne == expected.ne
+            && got.block_type == expected.block_type
+            && got.offset_bytes == expected.offset_bytes;
+        if !same {
+            return Err(format!(
+                "tensor {} {} {:?} at {}, expected {} {} {:?} at {}",
+                got.name,
+                got.block_type,
+                got.ne,
+                got.offset_bytes,
+                expected.name,
+                expected.block_type,
+                expected.ne,
+                expected.offset_bytes
+            ));
+        }
+    }
+    Ok(())
+}
