@@ -51,11 +51,7 @@ pub(super) fn fit_scale<L: Lanes, const N: usize>(x: &[L; N], half: f32, steps: 
 /// The value of largest magnitude, with its sign.
 #[inline(always)]
 pub(super) fn extreme<L: Lanes, const N: usize>(x: &[L; N]) -> L {
-    let (mut low, mut high) = (x[0], x[0]);
-    for &x in &x[1..] {
-        low = low.min(x);
-        high = high.max(x);
-    }
+    let (low, high) = bounds(x);
     (L::splat(0.0) - low).select_lt(high, high, low)
 }
 
@@ -69,28 +65,23 @@ pub(super) enum Offset {
 }
 
 /// The scale and offset that make the squared error of `x ≈ scale * q - offset`, q in `0..=q_max`, small.
-/// `steps`: into how many steps the spread of the group is cut, one entry for each try.
+/// `tries`: into how many steps the spread of the group is cut, and how many steps above 0 its lowest value is put.
 #[inline(always)]
 pub(super) fn fit_scale_and_offset<L: Lanes, const N: usize>(
     x: &[L; N],
     q_max: f32,
     offset: Offset,
-    steps: &[f32],
+    tries: &[(f32, f32)],
 ) -> (L, L) {
     let (zero, one, n) = (L::splat(0.0), L::splat(1.0), L::splat(N as f32));
     let q_max = L::splat(q_max);
-    let (mut low, mut high) = (x[0], x[0]);
-    for &x in &x[1..] {
-        low = low.min(x);
-        high = high.max(x);
-    }
+    let (mut low, high) = bounds(x);
     if offset == Offset::NotNegative {
         low = low.min(zero);
     }
     let spread = high - low;
-    let has_spread =
-        |then: L, otherwise: L| L::splat(SPREAD_MIN).select_lt(spread, then, otherwise);
-    let inverse = has_spread(one / spread, zero);
+    let spread_min = L::splat(SPREAD_MIN);
+    let inverse = spread_min.select_lt(spread, one / spread, zero);
     let mut y = *x;
     for y in &mut y {
         *y = (*y - low) * inverse;
@@ -99,13 +90,13 @@ pub(super) fn fit_scale_and_offset<L: Lanes, const N: usize>(
 
     let mut error_best = L::splat(f32::MAX);
     let (mut scale_best, mut low_best) = (zero, zero);
-    for &step in steps {
-        let (step_lanes, per_step) = (L::splat(step), L::splat(1.0 / step));
+    for &(step, shift) in tries {
+        let (step_lanes, shift, per_step) = (L::splat(step), L::splat(shift), L::splat(1.0 / step));
         let (mut rr, mut rq, mut r1) = (zero, zero, zero);
         let (mut qq, mut q1) = (zero, zero);
         for &y in &y {
-            let u = y * step_lanes;
-            let q = u.min(q_max).round();
+            let u = y.mul_add(step_lanes, shift);
+            let q = u.max(zero).min(q_max).round();
             let r = u - q;
             rr = r.mul_add(r, rr);
             rq = r.mul_add(q, rq);
@@ -120,7 +111,7 @@ pub(super) fn fit_scale_and_offset<L: Lanes, const N: usize>(
         let mut error = rr - a * rq - b * r1;
         if offset == Offset::NotNegative {
             // Where the line would start above 0 it starts at 0: r + start ≈ a q.
-            let start = low_y * step_lanes;
+            let start = low_y.mul_add(step_lanes, zero - shift);
             let a_at_0 = (rq + start * q1) / qq.max(one);
             let error_at_0 = rr + start * (r1 + r1 + n * start) - a_at_0 * a_at_0 * qq;
             let above = start + b;
@@ -130,14 +121,26 @@ pub(super) fn fit_scale_and_offset<L: Lanes, const N: usize>(
         }
         error = error * per_step * per_step;
         scale_best = error.select_lt(error_best, (one + a) * per_step, scale_best);
-        low_best = error.select_lt(error_best, b * per_step, low_best);
+        low_best = error.select_lt(error_best, (b - shift) * per_step, low_best);
         error_best = error.min(error_best);
     }
+    // A lane without spread has y = 0 everywhere: no scale, and its one value as the offset.
     let offset = zero - low;
     (
-        has_spread(scale_best * spread, zero),
-        has_spread(low_best.neg_mul_add(spread, offset), offset),
+        spread_min.select_lt(spread, scale_best * spread, zero),
+        spread_min.select_lt(spread, low_best.neg_mul_add(spread, offset), offset),
     )
+}
+
+/// The least and the greatest value.
+#[inline(always)]
+pub(super) fn bounds<L: Lanes, const N: usize>(x: &[L; N]) -> (L, L) {
+    let (mut low, mut high) = (x[0], x[0]);
+    for &x in &x[1..] {
+        low = low.min(x);
+        high = high.max(x);
+    }
+    (low, high)
 }
 
 /// What is left of a group under a given scale, summed over its elements: e = x - scale * q.
@@ -176,6 +179,7 @@ impl<L: Lanes> Residual<L> {
 }
 
 /// What is left of a group under a given scale and offset, summed over its elements: e = x + offset - scale * q.
+#[derive(Clone, Copy)]
 pub(super) struct ResidualWithOffset<L> {
     /// Sum of e².
     pub(super) ee: L,

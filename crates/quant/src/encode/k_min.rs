@@ -16,8 +16,29 @@ const N_GROUPS: usize = 8;
 /// The largest 6-bit scale or minimum.
 const S_MAX: f32 = 63.0;
 
-const Q4_K_STEPS: [f32; 10] = [12.8, 13.4, 13.9, 14.3, 14.6, 14.9, 15.2, 15.5, 15.9, 16.4];
-const Q5_K_STEPS: [f32; 9] = [28.6, 29.4, 30.0, 30.4, 30.8, 31.2, 31.6, 32.0, 32.6];
+const Q4_K_STEPS: [(f32, f32); 10] = [
+    (12.8, 0.0),
+    (13.4, 0.0),
+    (13.9, 0.0),
+    (14.3, 0.0),
+    (14.6, 0.0),
+    (14.9, 0.0),
+    (15.2, 0.0),
+    (15.5, 0.0),
+    (15.9, 0.0),
+    (16.4, 0.0),
+];
+const Q5_K_STEPS: [(f32, f32); 9] = [
+    (28.6, 0.0),
+    (29.4, 0.0),
+    (30.0, 0.0),
+    (30.4, 0.0),
+    (30.8, 0.0),
+    (31.2, 0.0),
+    (31.6, 0.0),
+    (32.0, 0.0),
+    (32.6, 0.0),
+];
 
 #[inline(always)]
 pub(super) fn encode_q4_k<L: Lanes>(values: &[f32], blocks: &mut [u8]) {
@@ -102,7 +123,7 @@ fn pack_low_4_bits(groups: &[[u8; GROUP]], target: &mut [u8]) {
     }
 }
 
-/// A way to write two blocks, and how well it does.
+/// A way to write two blocks, and what it leaves of each group.
 #[derive(Clone, Copy)]
 struct Choice<L> {
     /// The block's f16, equal in all lanes of a block.
@@ -111,21 +132,36 @@ struct Choice<L> {
     /// The groups' integers in 0..=63.
     s: L,
     m: L,
-    /// Squared error of each group.
-    error: L,
+    residual: ResidualWithOffset<L>,
 }
 
 impl<L: Lanes> Choice<L> {
     /// Each lane from `self` where `score < score_other`, else from `other`.
     #[inline(always)]
     fn or(self, other: Self, score: L, score_other: L) -> Self {
-        let pick = |a: L, b: L| score.select_lt(score_other, a, b);
         Choice {
-            d: pick(self.d, other.d),
-            dm: pick(self.dm, other.dm),
-            s: pick(self.s, other.s),
-            m: pick(self.m, other.m),
-            error: pick(self.error, other.error),
+            d: score.select_lt(score_other, self.d, other.d),
+            dm: score.select_lt(score_other, self.dm, other.dm),
+            s: score.select_lt(score_other, self.s, other.s),
+            m: score.select_lt(score_other, self.m, other.m),
+            residual: ResidualWithOffset {
+                ee: score.select_lt(score_other, self.residual.ee, other.residual.ee),
+                eq: score.select_lt(score_other, self.residual.eq, other.residual.eq),
+                e1: score.select_lt(score_other, self.residual.e1, other.residual.e1),
+                qq: score.select_lt(score_other, self.residual.qq, other.residual.qq),
+                q1: score.select_lt(score_other, self.residual.q1, other.residual.q1),
+            },
+        }
+    }
+
+    /// The line that fits best, given the integers of the values.
+    #[inline(always)]
+    fn line(&self) -> Line<L> {
+        let (more_scale, less_offset) = self.residual.correction::<GROUP>();
+        Line {
+            scale: self.d * self.s + more_scale,
+            offset: self.dm * self.m - less_offset,
+            q_mean: self.residual.q1 * L::splat(1.0 / GROUP as f32),
         }
     }
 }
@@ -138,32 +174,41 @@ struct Line<L> {
     q_mean: L,
 }
 
+const DIVISORS: [f32; 3] = [63.0, 61.4, 59.6];
+const MORE: [f32; 3] = [0.0, -1.0, 1.0];
+
 #[inline(always)]
-fn find<L: Lanes>(x: &[L; GROUP], q_max: f32, steps: &[f32]) -> Found {
+fn find<L: Lanes>(x: &[L; GROUP], q_max: f32, steps: &[(f32, f32)]) -> Found {
     let (scale, offset) = fit_scale_and_offset(x, q_max, Offset::NotNegative, steps);
-    let per_s_max = L::splat(1.0 / S_MAX);
-    let mut d = covering_f16(over_block(scale, f32::max) * per_s_max, 0.5 / S_MAX);
-    let mut dm = covering_f16(over_block(offset, f32::max) * per_s_max, 0.5 / S_MAX);
-    let mut line = Line {
+    let (scale_max, offset_max) = (over_block(scale, f32::max), over_block(offset, f32::max));
+    let fitted = Line {
         scale,
         offset,
         q_mean: L::splat(0.5 * q_max),
     };
     let mut best: Option<(Choice<L>, L)> = None;
-    for _ in 0..N_ROUNDS {
-        let (first, residual, better_line) = round_to(line, d, dm, x, q_max);
-        let (second, residual_2, line_2) = round_to(better_line, d, dm, x, q_max);
-        let _ = (residual, line_2);
-        let choice = first.or(second, first.error, second.error);
-        let error = over_block(choice.error, |a, b| a + b);
-        best = Some(match best {
-            None => (choice, error),
-            Some((other, error_other)) => {
-                (choice.or(other, error, error_other), error.min(error_other))
+    for divisor in DIVISORS {
+        let mut d = covering_f16(scale_max * L::splat(1.0 / divisor), 0.5 / S_MAX);
+        let mut dm = covering_f16(offset_max * L::splat(1.0 / divisor), 0.5 / S_MAX);
+        let mut choice = round_to(fitted, 0.0, d, dm, x, q_max);
+        for again in [true, false] {
+            let line = choice.line();
+            if !again {
+                choice = round_to(line, 0.0, d, dm, x, q_max);
             }
-        });
-        line = line_2;
-        (d, dm) = refit(&second, &residual_2);
+            for more in MORE {
+                let other = round_to(line, more, d, dm, x, q_max);
+                choice = other.or(choice, other.residual.ee, choice.residual.ee);
+            }
+            let error = over_block(choice.residual.ee, |a, b| a + b);
+            best = Some(match best {
+                None => (choice, error),
+                Some((other, error_other)) => {
+                    (choice.or(other, error, error_other), error.min(error_other))
+                }
+            });
+            (d, dm) = refit(&choice);
+        }
     }
     let choice = best.unwrap().0;
     let scale = choice.d * choice.s;
@@ -185,19 +230,18 @@ fn find<L: Lanes>(x: &[L; GROUP], q_max: f32, steps: &[f32]) -> Found {
     }
 }
 
-const N_ROUNDS: usize = 2;
-
-/// The 6-bit integers for a line under the block's f16, the error they leave, and the better line that it shows.
+/// The 6-bit integers for a line under the block's f16, with `more` added to those of the scales.
 #[inline(always)]
 fn round_to<L: Lanes>(
     line: Line<L>,
+    more: f32,
     d: L,
     dm: L,
     x: &[L; GROUP],
     q_max: f32,
-) -> (Choice<L>, ResidualWithOffset<L>, Line<L>) {
+) -> Choice<L> {
     let (zero, s_max) = (L::splat(0.0), L::splat(S_MAX));
-    let s = (line.scale * inverse_or_zero(d))
+    let s = (line.scale * inverse_or_zero(d) + L::splat(more))
         .max(zero)
         .min(s_max)
         .round();
@@ -205,50 +249,41 @@ fn round_to<L: Lanes>(
     // What the rounded scale takes from the group's mean, the minimum gives back.
     let offset = (scale - line.scale).mul_add(line.q_mean, line.offset);
     let m = (offset * inverse_or_zero(dm)).max(zero).min(s_max).round();
-    let offset = dm * m;
-    let residual = ResidualWithOffset::of(x, scale, offset, q_max);
-    let (more_scale, less_offset) = residual.correction::<GROUP>();
-    let better = Line {
-        scale: scale + more_scale,
-        offset: offset - less_offset,
-        q_mean: residual.q1 * L::splat(1.0 / GROUP as f32),
-    };
-    (
-        Choice {
-            d,
-            dm,
-            s,
-            m,
-            error: residual.ee,
-        },
-        residual,
-        better,
-    )
+    Choice {
+        d,
+        dm,
+        s,
+        m,
+        residual: ResidualWithOffset::of(x, scale, dm * m, q_max),
+    }
 }
 
 /// The block's f16 that fit best, given all 6-bit integers and the integers of the values: least squares over the block.
 #[inline(always)]
-fn refit<L: Lanes>(choice: &Choice<L>, residual: &ResidualWithOffset<L>) -> (L, L) {
-    let sum = |x: L| over_block(x, |a, b| a + b);
+fn refit<L: Lanes>(choice: &Choice<L>) -> (L, L) {
     let zero = L::splat(0.0);
+    let Choice { s, m, residual, .. } = *choice;
     // e ≈ more_d * (s q) - more_dm * m
-    let (s, m) = (choice.s, choice.m);
-    let a11 = sum(s * s * residual.qq);
-    let a12 = zero - sum(s * m * residual.q1);
-    let a22 = sum(m * m * L::splat(GROUP as f32));
-    let (b1, b2) = (sum(s * residual.eq), zero - sum(m * residual.e1));
+    let a11 = over_block(s * s * residual.qq, |a, b| a + b);
+    let a12 = zero - over_block(s * m * residual.q1, |a, b| a + b);
+    let a22 = over_block(m * m * L::splat(GROUP as f32), |a, b| a + b);
+    let b1 = over_block(s * residual.eq, |a, b| a + b);
+    let b2 = zero - over_block(m * residual.e1, |a, b| a + b);
     let product = a11 * a22;
     let determinant = product - a12 * a12;
-    let is_regular =
-        |then: L, otherwise: L| (product * L::splat(1e-4)).select_lt(determinant, then, otherwise);
     let per_determinant = inverse_or_zero(determinant);
-    let more_d = is_regular(
+    let regular = product * L::splat(1e-4);
+    let more_d = regular.select_lt(
+        determinant,
         (b1 * a22 - b2 * a12) * per_determinant,
         b1 * inverse_or_zero(a11),
     );
-    let more_dm = is_regular((a11 * b2 - a12 * b1) * per_determinant, zero);
-    let to_f16 = |x: L| through_f16(x.max(zero).min(L::splat(65504.0)));
-    (to_f16(choice.d + more_d), to_f16(choice.dm + more_dm))
+    let more_dm = regular.select_lt(determinant, (a11 * b2 - a12 * b1) * per_determinant, zero);
+    let limit = L::splat(65504.0);
+    (
+        through_f16((choice.d + more_d).max(zero).min(limit)),
+        through_f16((choice.dm + more_dm).max(zero).min(limit)),
+    )
 }
 
 /// Combines the lanes of each block, in their order, and gives the result to each of them.

@@ -3,7 +3,9 @@
 //! Invariant: a scale is judged after it was rounded to f16, by the error that the decoder will make, and the plain
 //! scale that spans the block is always among the candidates. Sixteen blocks are encoded at once.
 
-use super::fit::{Offset, Residual, ResidualWithOffset, extreme, fit_scale, fit_scale_and_offset};
+use super::fit::{
+    Offset, Residual, ResidualWithOffset, bounds, extreme, fit_scale, fit_scale_and_offset,
+};
 use super::{one_by_one, side_by_side};
 use crate::lanes::{Lanes, N_LANES, abs, covering_f16, inverse_or_zero, through_f16};
 
@@ -16,23 +18,35 @@ const Q4_0_STEPS: [f32; 12] = [
 const Q5_0_STEPS: [f32; 10] = [
     -16.6, -16.2, -15.8, -15.4, -15.0, -14.6, 14.6, 15.0, 15.4, 15.8,
 ];
-const Q4_1_STEPS: [f32; 9] = [13.0, 13.5, 14.0, 14.3, 14.6, 15.0, 15.4, 15.8, 16.2];
+const Q4_1_TRIES: [(f32, f32); 9] = [
+    (13.0, 0.0),
+    (13.5, 0.0),
+    (14.0, 0.0),
+    (14.3, 0.0),
+    (14.6, 0.0),
+    (15.0, 0.0),
+    (15.4, 0.0),
+    (15.8, 0.0),
+    (16.2, 0.0),
+];
 
 #[inline(always)]
 pub(super) fn encode_q8_0<L: Lanes>(values: &[f32], blocks: &mut [u8]) {
-    each_sixteen::<L, 34>(values, blocks, |x, blocks| {
+    for (values, blocks) in sixteens::<34>(values, blocks) {
+        let x = &side_by_side::<L, LEN>(values);
         let d = covering_f16(abs(extreme(x)) * L::splat(1.0 / 127.0), 0.5 / 127.0);
         let q = quantise(x, d, -127.0, 127.0);
         for ((block, q), d) in blocks.iter_mut().zip(one_by_one(&q)).zip(d.to_f16()) {
             block[..2].copy_from_slice(&d.to_le_bytes());
             block[2..].copy_from_slice(&q);
         }
-    });
+    }
 }
 
 #[inline(always)]
 pub(super) fn encode_q5_0<L: Lanes>(values: &[f32], blocks: &mut [u8]) {
-    each_sixteen::<L, 22>(values, blocks, |x, blocks| {
+    for (values, blocks) in sixteens::<22>(values, blocks) {
+        let x = &side_by_side::<L, LEN>(values);
         let d = signed_scale(x, 16.0, &Q5_0_STEPS);
         let mut q = quantise(x, d, -16.0, 15.0);
         shift(&mut q, 16.0);
@@ -47,12 +61,13 @@ pub(super) fn encode_q5_0<L: Lanes>(values: &[f32], blocks: &mut [u8]) {
                 block[6 + i] = q[i] & 15 | q[16 + i] << 4;
             }
         }
-    });
+    }
 }
 
 #[inline(always)]
 pub(super) fn encode_q4_0<L: Lanes>(values: &[f32], blocks: &mut [u8]) {
-    each_sixteen::<L, 18>(values, blocks, |x, blocks| {
+    for (values, blocks) in sixteens::<18>(values, blocks) {
+        let x = &side_by_side::<L, LEN>(values);
         let d = signed_scale(x, 8.0, &Q4_0_STEPS);
         let mut q = quantise(x, d, -8.0, 7.0);
         shift(&mut q, 8.0);
@@ -62,12 +77,13 @@ pub(super) fn encode_q4_0<L: Lanes>(values: &[f32], blocks: &mut [u8]) {
                 block[2 + i] = q[i] | q[16 + i] << 4;
             }
         }
-    });
+    }
 }
 
 #[inline(always)]
 pub(super) fn encode_q4_1<L: Lanes>(values: &[f32], blocks: &mut [u8]) {
-    each_sixteen::<L, 20>(values, blocks, |x, blocks| {
+    for (values, blocks) in sixteens::<20>(values, blocks) {
+        let x = &side_by_side::<L, LEN>(values);
         let (d, m) = scale_and_minimum(x);
         let mut q = *x;
         shift(&mut q, 0.0);
@@ -83,34 +99,31 @@ pub(super) fn encode_q4_1<L: Lanes>(values: &[f32], blocks: &mut [u8]) {
                 block[4 + i] = q[i] | q[16 + i] << 4;
             }
         }
-    });
+    }
 }
 
-/// Calls `encode_blocks` with sixteen blocks at a time, or those that are left.
+/// Sixteen blocks at a time with their values, at the end those that are left.
 #[inline(always)]
-fn each_sixteen<L: Lanes, const BYTES: usize>(
-    values: &[f32],
-    blocks: &mut [u8],
-    encode_blocks: impl Fn(&[L; LEN], &mut [[u8; BYTES]]),
-) {
-    let blocks = blocks.as_chunks_mut::<BYTES>().0;
-    for (values, blocks) in values.chunks(N_LANES * LEN).zip(blocks.chunks_mut(N_LANES)) {
-        encode_blocks(&side_by_side(values), blocks);
-    }
+fn sixteens<'a, const BYTES: usize>(
+    values: &'a [f32],
+    blocks: &'a mut [u8],
+) -> impl Iterator<Item = (&'a [f32], &'a mut [[u8; BYTES]])> {
+    values
+        .chunks(N_LANES * LEN)
+        .zip(blocks.as_chunks_mut::<BYTES>().0.chunks_mut(N_LANES))
 }
 
 /// The f16 scale for `x ≈ d * q`, q in `-half..half`.
 #[inline(always)]
 fn signed_scale<L: Lanes>(x: &[L; LEN], half: f32, steps: &[f32]) -> L {
-    let to_f16 = |d: L| through_f16(d.min(L::splat(65504.0)).max(L::splat(-65504.0)));
-    let mut d_best = to_f16(extreme(x) * L::splat(-1.0 / half));
+    let mut d_best = finite_f16(extreme(x) * L::splat(-1.0 / half));
     let mut error_best = Residual::of(x, d_best, -half, half - 1.0).ee;
-    let mut d = to_f16(fit_scale(x, half, steps));
+    let mut d = finite_f16(fit_scale(x, half, steps));
     for _ in 0..2 {
         let residual = Residual::of(x, d, -half, half - 1.0);
         d_best = residual.ee.select_lt(error_best, d, d_best);
         error_best = residual.ee.min(error_best);
-        d = to_f16(d + residual.correction());
+        d = finite_f16(d + residual.correction());
     }
     d_best
 }
@@ -118,25 +131,22 @@ fn signed_scale<L: Lanes>(x: &[L; LEN], half: f32, steps: &[f32]) -> L {
 /// The f16 scale and minimum for `x ≈ d * q + m`, q in `0..=15`.
 #[inline(always)]
 fn scale_and_minimum<L: Lanes>(x: &[L; LEN]) -> (L, L) {
-    let limit = L::splat(65504.0);
     let zero = L::splat(0.0);
-    let to_f16 = |d: L| through_f16(d.min(limit).max(zero - limit));
-    let (mut low, mut high) = (x[0], x[0]);
-    for &x in &x[1..] {
-        low = low.min(x);
-        high = high.max(x);
-    }
-    let (mut d_best, mut m_best) = (to_f16((high - low) * L::splat(1.0 / 15.0)), to_f16(low));
+    let (low, high) = bounds(x);
+    let (mut d_best, mut m_best) = (
+        finite_f16((high - low) * L::splat(1.0 / 15.0)),
+        finite_f16(low),
+    );
     let mut error_best = ResidualWithOffset::of(x, d_best, zero - m_best, 15.0).ee;
-    let (scale, offset) = fit_scale_and_offset(x, 15.0, Offset::Free, &Q4_1_STEPS);
-    let (mut d, mut m) = (to_f16(scale), to_f16(zero - offset));
+    let (scale, offset) = fit_scale_and_offset(x, 15.0, Offset::Free, &Q4_1_TRIES);
+    let (mut d, mut m) = (finite_f16(scale), finite_f16(zero - offset));
     for _ in 0..2 {
         let residual = ResidualWithOffset::of(x, d, zero - m, 15.0);
         d_best = residual.ee.select_lt(error_best, d, d_best);
         m_best = residual.ee.select_lt(error_best, m, m_best);
         error_best = residual.ee.min(error_best);
         let (more_scale, less_offset) = residual.correction::<LEN>();
-        (d, m) = (to_f16(d + more_scale), to_f16(m + less_offset));
+        (d, m) = (finite_f16(d + more_scale), finite_f16(m + less_offset));
     }
     (d_best, m_best)
 }
@@ -158,4 +168,10 @@ fn shift<L: Lanes>(q: &mut [L; LEN], by: f32) {
     for q in q {
         *q = *q + L::splat(by);
     }
+}
+
+/// The nearest finite f16.
+#[inline(always)]
+fn finite_f16<L: Lanes>(x: L) -> L {
+    through_f16(x.min(L::splat(65504.0)).max(L::splat(-65504.0)))
 }
