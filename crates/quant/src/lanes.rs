@@ -41,7 +41,7 @@ pub(crate) trait Lanes:
 
 /// The lanes as an f16 can hold them. Lanes must be within ±65504.
 #[inline(always)]
-pub(crate) fn through_f16<L: Lanes>(x: L) -> L {
+fn through_f16<L: Lanes>(x: L) -> L {
     L::from_f16(&x.to_f16())
 }
 
@@ -68,3 +68,9 @@ pub(crate) fn covering_f16<L: Lanes>(x: L, slack: f32) -> L {
 
 /// The smallest f16 above 0, and the spacing of all f16 below 2^-13.
 const F16_SMALLEST: f32 = 1.0 / 16_777_216.0;
+
+/// The nearest finite f16.
+#[inline(always)]
+pub(crate) fn finite_f16<L: Lanes>(x: L) -> L {
+    through_f16(x.min(L::splat(65504.0)).max(L::splat(-65504.0)))
+}

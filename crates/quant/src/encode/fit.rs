@@ -144,6 +144,7 @@ pub(super) fn bounds<L: Lanes, const N: usize>(x: &[L; N]) -> (L, L) {
 }
 
 /// What is left of a group under a given scale, summed over its elements: e = x - scale * q.
+#[derive(Clone, Copy)]
 pub(super) struct Residual<L> {
     /// Sum of e².
     pub(super) ee: L,

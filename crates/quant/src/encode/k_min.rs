@@ -7,7 +7,7 @@
 
 use super::fit::{Offset, ResidualWithOffset, fit_scale_and_offset};
 use super::{one_by_one, side_by_side};
-use crate::lanes::{Lanes, N_LANES, covering_f16, inverse_or_zero, through_f16};
+use crate::lanes::{Lanes, N_LANES, covering_f16, finite_f16, inverse_or_zero};
 
 /// Values in a group.
 const GROUP: usize = 32;
@@ -174,7 +174,7 @@ struct Line<L> {
     q_mean: L,
 }
 
-const DIVISORS: [f32; 3] = [63.0, 61.4, 59.6];
+const DIVISORS: [(f32, f32); 3] = [(63.0, 63.0), (62.0, 61.0), (60.0, 62.0)];
 const MORE: [f32; 3] = [0.0, -1.0, 1.0];
 
 #[inline(always)]
@@ -187,9 +187,9 @@ fn find<L: Lanes>(x: &[L; GROUP], q_max: f32, steps: &[(f32, f32)]) -> Found {
         q_mean: L::splat(0.5 * q_max),
     };
     let mut best: Option<(Choice<L>, L)> = None;
-    for divisor in DIVISORS {
-        let mut d = covering_f16(scale_max * L::splat(1.0 / divisor), 0.5 / S_MAX);
-        let mut dm = covering_f16(offset_max * L::splat(1.0 / divisor), 0.5 / S_MAX);
+    for (d_divisor, dm_divisor) in DIVISORS {
+        let mut d = covering_f16(scale_max * L::splat(1.0 / d_divisor), 0.5 / S_MAX);
+        let mut dm = covering_f16(offset_max * L::splat(1.0 / dm_divisor), 0.5 / S_MAX);
         let mut choice = round_to(fitted, 0.0, d, dm, x, q_max);
         for again in [true, false] {
             let line = choice.line();
@@ -279,10 +279,9 @@ fn refit<L: Lanes>(choice: &Choice<L>) -> (L, L) {
         b1 * inverse_or_zero(a11),
     );
     let more_dm = regular.select_lt(determinant, (a11 * b2 - a12 * b1) * per_determinant, zero);
-    let limit = L::splat(65504.0);
     (
-        through_f16((choice.d + more_d).max(zero).min(limit)),
-        through_f16((choice.dm + more_dm).max(zero).min(limit)),
+        finite_f16((choice.d + more_d).max(zero)),
+        finite_f16((choice.dm + more_dm).max(zero)),
     )
 }
 

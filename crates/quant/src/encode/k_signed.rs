@@ -4,7 +4,7 @@
 
 use super::fit::{Residual, fit_scale};
 use super::{one_by_one, side_by_side};
-use crate::lanes::{Lanes, N_LANES, covering_f16, inverse_or_zero, through_f16};
+use crate::lanes::{Lanes, N_LANES, covering_f16, finite_f16, inverse_or_zero};
 
 /// Values in a group.
 const GROUP: usize = 16;
@@ -25,32 +25,35 @@ pub(super) fn encode_q6_k<L: Lanes>(values: &[f32], blocks: &mut [u8]) {
 
 #[inline(always)]
 fn encode_block<L: Lanes>(x: &[L; GROUP], block: &mut [u8; 210]) {
-    let mut scale = fit_scale(x, -Q_MIN, &STEPS);
-    let mut d = block_scale(scale);
-    let (mut d_best, mut s_best, mut error_best) = (d, L::splat(0.0), f32::INFINITY);
-    for _ in 0..2 {
-        let s = (scale * inverse_or_zero(d))
-            .max(L::splat(-128.0))
-            .min(L::splat(127.0))
-            .round();
-        let residual = Residual::of(x, d * s, Q_MIN, Q_MAX);
-        let error = sum(residual.ee);
-        if error < error_best {
-            (d_best, s_best, error_best) = (d, s, error);
+    let fitted = fit_scale(x, -Q_MIN, &STEPS);
+    let mut best: Option<(Choice<L>, f32)> = None;
+    for divisor in DIVISORS {
+        let mut d = block_scale(fitted, divisor);
+        let mut scale = fitted;
+        for _ in 0..2 {
+            let mut choice = round_to(scale, 0.0, d, x);
+            for more in MORE {
+                choice = choice.or(round_to(scale, more, d, x));
+            }
+            let error = sum(choice.residual.ee);
+            if best.is_none_or(|(_, error_best)| error < error_best) {
+                best = Some((choice, error));
+            }
+            scale = d * choice.s + choice.residual.correction();
+            let qq = sum(choice.s * choice.s * choice.residual.qq);
+            let more_d = if qq > 0.0 {
+                sum(choice.s * choice.residual.eq) / qq
+            } else {
+                0.0
+            };
+            d = finite_f16(d + L::splat(more_d));
         }
-        scale = d * s + residual.correction();
-        let qq = sum(s * s * residual.qq);
-        let more_d = if qq > 0.0 {
-            sum(s * residual.eq) / qq
-        } else {
-            0.0
-        };
-        d = through_f16(
-            (d + L::splat(more_d))
-                .min(L::splat(65504.0))
-                .max(L::splat(-65504.0)),
-        );
     }
+    let Choice {
+        d: d_best,
+        s: s_best,
+        ..
+    } = best.unwrap().0;
 
     let inverse = inverse_or_zero(d_best * s_best);
     let mut q = *x;
@@ -64,16 +67,59 @@ fn encode_block<L: Lanes>(x: &[L; GROUP], block: &mut [u8; 210]) {
     pack(&one_by_one(&q), s_best.to_i8(), d_best.to_f16()[0], block);
 }
 
+const DIVISORS: [f32; 2] = [128.0, 125.0];
+const MORE: [f32; 6] = [-1.0, 1.0, -2.0, 2.0, -3.0, 4.0];
+
+/// A way to write a block, and what it leaves of each group.
+#[derive(Clone, Copy)]
+struct Choice<L> {
+    /// The block's f16, equal in all lanes.
+    d: L,
+    /// The groups' integers in -128..=127.
+    s: L,
+    residual: Residual<L>,
+}
+
+impl<L: Lanes> Choice<L> {
+    /// Each lane from the one with less error.
+    #[inline(always)]
+    fn or(self, other: Self) -> Self {
+        let (e, e_other) = (self.residual.ee, other.residual.ee);
+        Choice {
+            d: self.d,
+            s: e_other.select_lt(e, other.s, self.s),
+            residual: Residual {
+                ee: e_other.select_lt(e, e_other, e),
+                eq: e_other.select_lt(e, other.residual.eq, self.residual.eq),
+                qq: e_other.select_lt(e, other.residual.qq, self.residual.qq),
+            },
+        }
+    }
+}
+
+#[inline(always)]
+fn round_to<L: Lanes>(scale: L, more: f32, d: L, x: &[L; GROUP]) -> Choice<L> {
+    let s = (scale * inverse_or_zero(d) + L::splat(more))
+        .max(L::splat(-128.0))
+        .min(L::splat(127.0))
+        .round();
+    Choice {
+        d,
+        s,
+        residual: Residual::of(x, d * s, Q_MIN, Q_MAX),
+    }
+}
+
 /// The f16 under which the largest scale becomes -128 (one more than +127 can hold).
 #[inline(always)]
-fn block_scale<L: Lanes>(scale: L) -> L {
+fn block_scale<L: Lanes>(scale: L, divisor: f32) -> L {
     let mut extreme = 0.0f32;
     for x in scale.store() {
         if x.abs() > extreme.abs() {
             extreme = x;
         }
     }
-    let magnitude = covering_f16(L::splat(extreme.abs() * (1.0 / 128.0)), 0.5 / 128.0);
+    let magnitude = covering_f16(L::splat(extreme.abs() * (1.0 / divisor)), 0.5 / 128.0);
     magnitude * L::splat(if extreme > 0.0 { -1.0 } else { 1.0 })
 }
 

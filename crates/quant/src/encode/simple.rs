@@ -7,7 +7,7 @@ use super::fit::{
     Offset, Residual, ResidualWithOffset, bounds, extreme, fit_scale, fit_scale_and_offset,
 };
 use super::{one_by_one, side_by_side};
-use crate::lanes::{Lanes, N_LANES, abs, covering_f16, inverse_or_zero, through_f16};
+use crate::lanes::{Lanes, N_LANES, abs, covering_f16, finite_f16, inverse_or_zero};
 
 /// Values in a block.
 const LEN: usize = 32;
@@ -168,10 +168,4 @@ fn shift<L: Lanes>(q: &mut [L; LEN], by: f32) {
     for q in q {
         *q = *q + L::splat(by);
     }
-}
-
-/// The nearest finite f16.
-#[inline(always)]
-fn finite_f16<L: Lanes>(x: L) -> L {
-    through_f16(x.min(L::splat(65504.0)).max(L::splat(-65504.0)))
 }
