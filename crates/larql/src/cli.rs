@@ -1,0 +1,161 @@
+//! The command line: names, options and their help, and nothing that acts on them.
+
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+use hub::RepoId;
+use vindex::{Recipe, Slice};
+
+/// Extract, publish, pull and verify vindexes: a model's weights as checked GGUF parts with one index.
+#[derive(Debug, Parser)]
+#[command(name = "larql", version, subcommand_required = true)]
+pub(crate) struct Cli {
+    /// Tell results as one JSON object on standard output
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Make a vindex from a checkpoint; goes on where an interrupted run of the same plan stopped
+    Extract(Extract),
+    /// Put a vindex, or a slice of one, into a repository of the Hub, in one commit
+    Publish(Publish),
+    /// Fetch a vindex, or a slice of one, from a repository of the Hub
+    Pull(Pull),
+    /// Hash everything in a vindex and say which part is damaged
+    Verify {
+        /// The vindex
+        dir: PathBuf,
+    },
+    /// Print what is in a vindex, as text
+    Dump {
+        /// The vindex
+        dir: PathBuf,
+    },
+    /// Print a completion script for a shell
+    Completions {
+        /// The shell that reads the script
+        shell: clap_complete::Shell,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Extract {
+    /// A directory with the checkpoint, else owner/name[@revision] on the Hub; a directory that exists wins
+    pub(crate) model: String,
+    /// The directory to make
+    #[arg(short, long, value_name = "DIR")]
+    pub(crate) output: PathBuf,
+    /// How the weights are stored: f32, bf16, f16, q8_0 or q4k
+    #[arg(long, value_name = "RECIPE")]
+    pub(crate) quant: Recipe,
+    /// The branch, tag or commit of the repository
+    #[arg(long, value_name = "REVISION")]
+    pub(crate) revision: Option<String>,
+    /// Threads that encode [default: one for each processor]
+    #[arg(long, value_name = "N")]
+    pub(crate) threads: Option<NonZeroUsize>,
+    /// Take weights that are NaN or infinite, and count them
+    #[arg(long)]
+    pub(crate) allow_nonfinite: bool,
+    /// Remove the vindex, or the unfinished extraction, that is in the output directory
+    #[arg(long)]
+    pub(crate) force: bool,
+    /// Print what would be written and stop
+    #[arg(long)]
+    pub(crate) plan: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Publish {
+    /// The vindex
+    pub(crate) dir: PathBuf,
+    /// The repository that receives exactly this slice; made if absent
+    #[arg(long, value_name = "OWNER/NAME")]
+    pub(crate) repo: RepoId,
+    /// What to publish: full (or none, for a vindex that is not sliced), or expert-server
+    #[arg(long, value_name = "SLICE", value_parser = published_slice)]
+    pub(crate) slices: Slice,
+    /// A file that becomes the repository's README.md, in the same commit
+    #[arg(long, value_name = "FILE")]
+    pub(crate) card: Option<PathBuf>,
+    /// Make the repository private, when it has to be made
+    #[arg(long)]
+    pub(crate) private: bool,
+    /// Print what would be sent and deleted, and stop
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Pull {
+    /// owner/name[@revision] on the Hub
+    #[arg(value_name = "OWNER/NAME[@REVISION]")]
+    pub(crate) from: Reference,
+    /// The directory to fill
+    #[arg(short, long, value_name = "DIR")]
+    pub(crate) output: PathBuf,
+    /// full or expert-server [default: what the repository holds]
+    #[arg(long, value_name = "SLICE")]
+    pub(crate) slice: Option<Slice>,
+    /// Remove another vindex that is in the directory
+    #[arg(long)]
+    pub(crate) force: bool,
+}
+
+/// A repository of the Hub, at a revision if one is named.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Reference {
+    pub(crate) repo: RepoId,
+    pub(crate) revision: Option<String>,
+}
+
+impl std::str::FromStr for Reference {
+    type Err = hub::Error;
+
+    fn from_str(text: &str) -> Result<Reference, hub::Error> {
+        let (repo, revision) = match text.split_once('@') {
+            Some((repo, revision)) => (repo, Some(revision.to_owned()).filter(|revision| !revision.is_empty())),
+            None => (text, None),
+        };
+        Ok(Reference { repo: repo.parse()?, revision })
+    }
+}
+
+/// A vindex that is not sliced is the full one.
+fn published_slice(text: &str) -> Result<Slice, String> {
+    let mut slices: Vec<&str> = text.split(',').map(str::trim).collect();
+    slices.dedup();
+    match slices.as_slice() {
+        ["none"] => Ok(Slice::Full),
+        [one] => one.parse().map_err(|_| format!("'{one}' is no slice; use none, full or expert-server")),
+        _ => Err("a repository holds one slice; publish each into a repository of its own".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_slice_for_one_repository() {
+        assert_eq!(published_slice("none"), Ok(Slice::Full));
+        assert_eq!(published_slice("full"), Ok(Slice::Full));
+        assert_eq!(published_slice("expert-server,expert-server"), Ok(Slice::ExpertServer));
+        assert!(published_slice("full,expert-server").is_err_and(|text| text.contains("of its own")));
+        assert!(published_slice("experts").is_err_and(|text| text.contains("expert-server")));
+    }
+
+    #[test]
+    fn a_reference_may_name_a_revision() {
+        let parse = |text: &str| text.parse::<Reference>().map(|r| (r.repo.to_string(), r.revision)).ok();
+        assert_eq!(parse("a/b"), Some(("a/b".into(), None)));
+        assert_eq!(parse("a/b@v1"), Some(("a/b".into(), Some("v1".into()))));
+        assert_eq!(parse("a/b@"), Some(("a/b".into(), None)));
+        assert_eq!(parse("a@v1"), None);
+    }
+}

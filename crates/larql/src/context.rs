@@ -1,0 +1,52 @@
+//! What a command is given by the process: where results go, the Hub that the environment names, and a runtime to
+//! wait on.
+//!
+//! Invariant: this is the only module that reads the process environment. A checkpoint on the Hub is read by threads
+//! that wait on the runtime, so nothing here runs on its workers.
+
+use std::future::Future;
+
+use hub::{Hub, Settings};
+use tokio::runtime::Runtime;
+
+use crate::failure::Failure;
+use crate::output::Output;
+
+/// Exit status of a program that an interrupt ended.
+const INTERRUPTED: i32 = 130;
+
+/// The surroundings of a command.
+#[derive(Debug)]
+pub(crate) struct Context {
+    pub(crate) output: Output,
+    runtime: Runtime,
+}
+
+impl Context {
+    pub(crate) fn new(output: Output) -> Result<Context, Failure> {
+        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+        Ok(Context { output, runtime: runtime.map_err(Failure::of("cannot start threads"))? })
+    }
+
+    /// Waits for `future`.
+    pub(crate) fn wait<T>(&self, future: impl Future<Output = T>) -> T {
+        self.runtime.block_on(future)
+    }
+
+    /// The Hub of the environment.
+    pub(crate) fn hub(&self) -> Result<Hub, Failure> {
+        let settings = Settings::from_vars(|name| std::env::var(name).ok());
+        settings.and_then(Hub::new).map_err(Failure::of("cannot use the Hub"))
+    }
+
+    /// From now on, an interrupt ends the process after it has said `state`. Everything on disk is left as a kill
+    /// would leave it, which every command can go on from.
+    pub(crate) fn on_interrupt(&self, state: &'static str) {
+        self.runtime.spawn(async move {
+            if tokio::signal::ctrl_c().await.is_ok() {
+                eprintln!("interrupted: {state}");
+                std::process::exit(INTERRUPTED);
+            }
+        });
+    }
+}

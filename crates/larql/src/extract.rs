@@ -1,0 +1,175 @@
+//! `extract`: from a checkpoint to a vindex.
+//!
+//! Invariant: what `--plan` prints is the value that is executed without it.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::num::NonZeroUsize;
+use std::time::Instant;
+
+use quant::BlockType;
+use serde::Serialize;
+use vindex::{ExtractOptions, Plan, PlannedTensor, Progress};
+
+use crate::cli::Extract;
+use crate::context::Context;
+use crate::directory;
+use crate::failure::Failure;
+use crate::model::Model;
+use crate::output::{Meter, size};
+
+/// What a plan comes to.
+#[derive(Debug, Serialize)]
+struct Summary {
+    stem: String,
+    recipe: vindex::Recipe,
+    n_parts: usize,
+    n_tensors: usize,
+    size_bytes: u64,
+    types: BTreeMap<String, Kind>,
+    left_out: BTreeMap<String, LeftOut>,
+    warnings: Vec<String>,
+}
+
+/// The tensors of one block type.
+#[derive(Debug, Default, Serialize)]
+struct Kind {
+    n_tensors: usize,
+    size_bytes: u64,
+}
+
+/// The tensors left out for one reason.
+#[derive(Debug, Default, Serialize)]
+struct LeftOut {
+    n_tensors: usize,
+    /// The first of them.
+    first: String,
+}
+
+/// Extracts, or with `--plan` only says what would be written.
+pub(crate) fn extract(args: &Extract, context: &Context) -> Result<(), Failure> {
+    let output = context.output;
+    let model = Model::open(&args.model, args.revision.as_deref(), context)?;
+    output.text(format_args!("source: {model}"))?;
+    let plan = vindex::plan(model.source(), args.quant)
+        .map_err(Failure::of(format!("cannot plan the extraction of {}", args.model)))?;
+    let summary = Summary::of(&plan);
+    output.text(summary.to_string().trim_end())?;
+    if args.plan {
+        return output.value(&serde_json::json!({"source": model.to_string(), "summary": summary, "plan": plan}));
+    }
+    if args.force {
+        directory::clear(&args.output)?;
+    }
+    context.on_interrupt("the parts that are finished stay; the same command goes on after them");
+    let started = Instant::now();
+    let all = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+    let options = ExtractOptions {
+        threads: args.threads.map_or(all, NonZeroUsize::get),
+        allow_nonfinite: args.allow_nonfinite,
+    };
+    let meter = Meter::new("extract");
+    let id = vindex::extract(model.source(), &plan, &args.output, &options, &|progress| show(&meter, progress));
+    drop(meter);
+    let id = id.map_err(|error| refused(error, args))?;
+    let seconds = started.elapsed().as_secs_f64();
+    output.text(format_args!("vindex: {id}"))?;
+    output.text(format_args!(
+        "wrote {}: {} parts, {} in {seconds:.1} s",
+        args.output.display(),
+        summary.n_parts,
+        size(summary.size_bytes)
+    ))?;
+    output.value(&serde_json::json!({
+        "vindex": id.to_string(), "output": args.output, "source": model.to_string(), "seconds": seconds, "summary": summary,
+    }))
+}
+
+fn refused(error: vindex::Error, args: &Extract) -> Failure {
+    let hint = match &error {
+        vindex::Error::OutputExists { .. } => Some("`larql verify` checks it; --force replaces it"),
+        vindex::Error::OtherPlan { .. } => Some("--force removes it and begins anew"),
+        vindex::Error::NonFinite { .. } => Some("--allow-nonfinite takes such values as they are"),
+        _ => None,
+    };
+    let failure = Failure::new(format!("cannot extract {} into {}", args.model, args.output.display())).cause(error);
+    match hint {
+        Some(hint) => failure.hint(hint),
+        None => failure,
+    }
+}
+
+/// Shows how an extraction or a verification goes on.
+pub(crate) fn show(meter: &Meter, progress: Progress) {
+    match progress {
+        Progress::Started { bytes_total, .. } => meter.set_total(bytes_total),
+        Progress::Bytes(bytes) => meter.add(bytes),
+        Progress::PartKept { index, n_parts, file, size_bytes } => {
+            meter.add(size_bytes);
+            meter.item(format!("part {} of {n_parts}: {file} kept, {}", index + 1, size(size_bytes)));
+        }
+        Progress::PartDone { index, n_parts, file, size_bytes } => {
+            meter.item(format!("part {} of {n_parts}: {file}, {}", index + 1, size(size_bytes)));
+        }
+        Progress::NonFinite { file, tensor, count } => {
+            meter.warn(format_args!("{file}: tensor {tensor} holds {count} values that are NaN or infinite"));
+        }
+        _ => {}
+    }
+}
+
+impl Summary {
+    fn of(plan: &Plan) -> Summary {
+        let mut types: BTreeMap<String, Kind> = BTreeMap::new();
+        for tensor in plan.parts.iter().flat_map(|part| &part.tensors) {
+            let kind = types.entry(tensor.block_type.to_string()).or_default();
+            kind.n_tensors += 1;
+            kind.size_bytes += size_bytes(tensor);
+        }
+        let mut left_out: BTreeMap<String, LeftOut> = BTreeMap::new();
+        for tensor in &plan.left_out {
+            let group = left_out.entry(tensor.reason.clone()).or_default();
+            if group.n_tensors == 0 {
+                group.first.clone_from(&tensor.tensor);
+            }
+            group.n_tensors += 1;
+        }
+        Summary {
+            stem: plan.stem.clone(),
+            recipe: plan.recipe,
+            n_parts: plan.parts.len(),
+            n_tensors: types.values().map(|kind| kind.n_tensors).sum(),
+            size_bytes: types.values().map(|kind| kind.size_bytes).sum(),
+            types,
+            left_out,
+            warnings: plan.warnings.clone(),
+        }
+    }
+}
+
+/// Bytes of a tensor's blocks.
+fn size_bytes(tensor: &PlannedTensor) -> u64 {
+    let block: BlockType = tensor.block_type;
+    let n_values = tensor.ne.iter().fold(1u64, |n, &d| n.saturating_mul(d));
+    (n_values / block.block_len() as u64).saturating_mul(block.block_bytes() as u64)
+}
+
+impl fmt::Display for Summary {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "plan: {} as {}: {} tensors in {} parts, {}", self.stem, self.recipe, self.n_tensors, self.n_parts, size(self.size_bytes))?;
+        for (name, kind) in &self.types {
+            writeln!(f, "  {name:<6} {:>6} tensors {:>12}", kind.n_tensors, size(kind.size_bytes).to_string())?;
+        }
+        for (reason, group) in &self.left_out {
+            let others = match group.n_tensors - 1 {
+                0 => String::new(),
+                n => format!(" and {n} more"),
+            };
+            writeln!(f, "  left out: {}{others} ({reason})", group.first)?;
+        }
+        for warning in &self.warnings {
+            writeln!(f, "  warning: {warning}")?;
+        }
+        Ok(())
+    }
+}

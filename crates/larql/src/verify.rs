@@ -1,0 +1,45 @@
+//! `verify` and `dump`: whether a vindex is what its index says, and what that is.
+//!
+//! Invariant: nothing is written to the vindex.
+
+use std::io;
+use std::path::Path;
+
+use vindex::Vindex;
+
+use crate::context::Context;
+use crate::extract::show;
+use crate::failure::Failure;
+use crate::output::{Meter, size, write};
+
+/// Hashes every part of the recorded slice.
+pub(crate) fn verify(dir: &Path, context: &Context) -> Result<(), Failure> {
+    let meter = Meter::new("verify");
+    let verified = vindex::verify(dir, &|progress| show(&meter, progress));
+    drop(meter);
+    let verified = verified.map_err(Failure::of(format!("{} is not intact", dir.display())))?;
+    context.output.text(format_args!("vindex: {}", verified.id))?;
+    context.output.text(format_args!(
+        "{}: slice {}, {} parts, {}: every byte is what the index says",
+        dir.display(),
+        verified.slice,
+        verified.n_parts,
+        size(verified.bytes)
+    ))?;
+    context.output.value(&serde_json::json!({
+        "vindex": verified.id.to_string(), "slice": verified.slice, "n_parts": verified.n_parts, "size_bytes": verified.bytes,
+    }))
+}
+
+/// Prints the index and the metadata; with `--json` the index as it is.
+pub(crate) fn dump(dir: &Path, context: &Context) -> Result<(), Failure> {
+    let vindex = Vindex::open(dir).map_err(Failure::of(format!("cannot open {}", dir.display())))?;
+    if context.output.json {
+        return context.output.value(&serde_json::json!({
+            "vindex": vindex.id().to_string(), "slice": vindex.slice(), "provenance": vindex.provenance(), "index": vindex.index(),
+        }));
+    }
+    let mut text = Vec::new();
+    vindex::dump(&vindex, &mut text).map_err(|error: io::Error| Failure::io("read", dir)(error))?;
+    write(&String::from_utf8_lossy(&text))
+}
