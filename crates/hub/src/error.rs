@@ -119,6 +119,20 @@ pub enum Error {
         /// The refusal.
         answer: Box<Answer>,
     },
+    /// The answer to a commit was lost, and the head has moved to something else since.
+    #[error(
+        "{repo}: the answer to the commit was lost and the head moved from {} to {}, which does not hold these \
+         files; run it again to commit on top",
+        or_none(parent.as_ref()), or_none(head.as_ref())
+    )]
+    Moved {
+        /// The repository.
+        repo: RepoId,
+        /// The head that the commit was made for.
+        parent: Option<Commit>,
+        /// The head now.
+        head: Option<Commit>,
+    },
     /// Any other refusal, after the retries that make sense.
     #[error("{what}: refused ({answer})")]
     Refused {
@@ -287,6 +301,10 @@ impl Error {
             source,
         }
     }
+}
+
+fn or_none(commit: Option<&Commit>) -> &str {
+    commit.map_or("nothing", Commit::as_str)
 }
 
 fn after(wait: Option<Duration>) -> String {

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use bytes::Bytes;
 use serde::Deserialize;
 use tokio::runtime::Handle;
-use vindex::source::{Origin, Source, SourceError, SourceFile};
+use vindex::{Origin, Source, SourceError, SourceFile};
 
 use crate::content::is_sha256;
 use crate::range::{Pin, RangeReader};
@@ -328,7 +328,7 @@ async fn list(wire: &Wire, repo: &RepoId, commit: &Commit) -> Result<Vec<File>, 
 }
 
 /// Whether a path stays inside the directory that it is joined to, on every system.
-fn is_plain(path: &str) -> bool {
+pub(crate) fn is_plain(path: &str) -> bool {
     !path.is_empty()
         && !path.contains(['\\', ':', '\0'])
         && path.split('/').all(|part| !matches!(part, "" | "." | ".."))

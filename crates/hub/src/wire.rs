@@ -140,10 +140,6 @@ impl Wire {
         &self.client
     }
 
-    pub(crate) fn has_token(&self) -> bool {
-        self.token.is_some()
-    }
-
     /// The `Authorization` header, for a client that is handed the endpoint's addresses.
     pub(crate) fn auth_headers(&self) -> HeaderMap {
         self.token
