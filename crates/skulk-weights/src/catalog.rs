@@ -44,13 +44,20 @@ pub(crate) struct Invalid {
 
 impl Invalid {
     pub(crate) fn n_errors(&self) -> usize {
-        self.findings.iter().filter(|finding| finding.severity == Severity::Error).count()
+        self.findings
+            .iter()
+            .filter(|finding| finding.severity == Severity::Error)
+            .count()
     }
 }
 
 impl Catalog {
     /// Reads and checks the view. `working_dir` is where the default configs are looked for, `home` what `~` stands for.
-    pub(crate) fn load(view: &View, working_dir: &Path, home: Option<&Path>) -> Result<Catalog, Invalid> {
+    pub(crate) fn load(
+        view: &View,
+        working_dir: &Path,
+        home: Option<&Path>,
+    ) -> Result<Catalog, Invalid> {
         let mut report = Report::default();
         let mut drafts = Vec::new();
         let mut sources = Vec::new();
@@ -68,10 +75,19 @@ impl Catalog {
         unique::check(&drafts, &mut report);
         report.sort();
         if report.n_errors() > 0 {
-            return Err(Invalid { findings: report.findings });
+            return Err(Invalid {
+                findings: report.findings,
+            });
         }
-        let entries = drafts.into_iter().filter_map(|draft: Draft| draft.entry).collect();
-        Ok(Catalog { sources, entries, warnings: report.findings })
+        let entries = drafts
+            .into_iter()
+            .filter_map(|draft: Draft| draft.entry)
+            .collect();
+        Ok(Catalog {
+            sources,
+            entries,
+            warnings: report.findings,
+        })
     }
 
     /// The entry of that effective key.
@@ -93,7 +109,11 @@ impl Catalog {
 
     /// Keys of a tier, or of all.
     pub(crate) fn keys(&self, tier: Option<Tier>) -> Vec<&str> {
-        self.entries.iter().filter(|entry| tier.is_none_or(|tier| entry.tier == tier)).map(|entry| entry.key.as_str()).collect()
+        self.entries
+            .iter()
+            .filter(|entry| tier.is_none_or(|tier| entry.tier == tier))
+            .map(|entry| entry.key.as_str())
+            .collect()
     }
 }
 
@@ -102,7 +122,10 @@ fn items(view: &View, working_dir: &Path, home: Option<&Path>, report: &mut Repo
         View::Manifest(path) => {
             let source = Source {
                 kind: SourceKind::Manifest,
-                name: path.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default(),
+                name: path
+                    .file_stem()
+                    .map(|stem| stem.to_string_lossy().into_owned())
+                    .unwrap_or_default(),
                 namespace: None,
                 hf_owner: None,
                 hf_collection: None,
@@ -127,7 +150,9 @@ fn items(view: &View, working_dir: &Path, home: Option<&Path>, report: &mut Repo
         }
         View::Default => return vec![Item::Builtin],
     };
-    read_text(&path, report).map(|text| config::read(&path, &text, home, report)).unwrap_or_default()
+    read_text(&path, report)
+        .map(|text| config::read(&path, &text, home, report))
+        .unwrap_or_default()
 }
 
 fn foxlight() -> Source {
@@ -147,7 +172,11 @@ fn read_text(path: &Path, report: &mut Report) -> Option<String> {
     let metadata = match std::fs::metadata(path) {
         Ok(metadata) if metadata.is_file() => metadata,
         Ok(_) => {
-            report.file_error(&file, "not found", "there is a directory of that name; name a YAML file");
+            report.file_error(
+                &file,
+                "not found",
+                "there is a directory of that name; name a YAML file",
+            );
             return None;
         }
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
@@ -155,24 +184,43 @@ fn read_text(path: &Path, report: &mut Report) -> Option<String> {
             return None;
         }
         Err(error) => {
-            report.file_error(&file, format!("cannot be read: {error}"), "check the path and its permissions");
+            report.file_error(
+                &file,
+                format!("cannot be read: {error}"),
+                "check the path and its permissions",
+            );
             return None;
         }
     };
     if metadata.len() > yaml::TEXT_BYTES_MAX {
-        report.file_error(&file, format!("is {} bytes long", metadata.len()), format!("a catalog file has at most {} bytes", yaml::TEXT_BYTES_MAX));
+        report.file_error(
+            &file,
+            format!("is {} bytes long", metadata.len()),
+            format!("a catalog file has at most {} bytes", yaml::TEXT_BYTES_MAX),
+        );
         return None;
     }
     match std::fs::read(path).map(String::from_utf8) {
         Ok(Ok(text)) => Some(text),
         Ok(Err(error)) => {
             let at = error.utf8_error().valid_up_to();
-            report.file_error(&file, format!("is not UTF-8 text (byte {at})"), "save the file as UTF-8");
+            report.file_error(
+                &file,
+                format!("is not UTF-8 text (byte {at})"),
+                "save the file as UTF-8",
+            );
             None
         }
         Err(error) => {
-            report.file_error(&file, format!("cannot be read: {error}"), "check the path and its permissions");
+            report.file_error(
+                &file,
+                format!("cannot be read: {error}"),
+                "check the path and its permissions",
+            );
             None
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

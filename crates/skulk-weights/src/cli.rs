@@ -11,7 +11,13 @@ use crate::plan::Artifact;
 
 /// Publish models from a checked catalog: vindexes, their cards and collections.
 #[derive(Debug, Parser)]
-#[command(name = "skulk-weights", version, infer_long_args = true, subcommand_required = true)]
+#[command(
+    name = "skulk-weights",
+    version,
+    infer_long_args = true,
+    args_override_self = true,
+    subcommand_required = true
+)]
 pub(crate) struct Cli {
     #[command(flatten)]
     pub(crate) global: Global,

@@ -43,7 +43,11 @@ impl fmt::Display for Diagnostic {
             write!(f, ":{line}:{column}")?;
         }
         // "FILE not found" reads as one sentence.
-        f.write_str(if self.message.starts_with("not found") { " " } else { ": " })?;
+        f.write_str(if self.message.starts_with("not found") {
+            " "
+        } else {
+            ": "
+        })?;
         if let Some(entry) = &self.entry {
             write!(f, "{entry}: ")?;
         }
@@ -63,7 +67,10 @@ pub(crate) struct Report {
 
 impl Report {
     pub(crate) fn n_errors(&self) -> usize {
-        self.findings.iter().filter(|finding| finding.severity == Severity::Error).count()
+        self.findings
+            .iter()
+            .filter(|finding| finding.severity == Severity::Error)
+            .count()
     }
 
     /// Puts the findings of each file in the order of its lines; the files keep their order.
@@ -75,11 +82,17 @@ impl Report {
             }
         }
         let rank = |file: &String| files.iter().position(|known| known == file);
-        self.findings.sort_by_key(|finding| (rank(&finding.file), finding.line, finding.column));
+        self.findings
+            .sort_by_key(|finding| (rank(&finding.file), finding.line, finding.column));
     }
 
     /// A finding about a file as a whole.
-    pub(crate) fn file_error(&mut self, file: &str, message: impl Into<String>, hint: impl Into<String>) {
+    pub(crate) fn file_error(
+        &mut self,
+        file: &str,
+        message: impl Into<String>,
+        hint: impl Into<String>,
+    ) {
         self.findings.push(Diagnostic {
             severity: Severity::Error,
             file: file.to_owned(),
@@ -93,17 +106,35 @@ impl Report {
 
     /// A text that is not one YAML document.
     pub(crate) fn syntax(&mut self, file: &str, error: SyntaxError) {
-        let at = At { file, place: error.place, entry: None };
-        self.error(&at, format!("not readable as YAML: {}", error.message), "correct the text at this line; nothing else in the file was checked");
+        let at = At {
+            file,
+            place: error.place,
+            entry: None,
+        };
+        self.error(
+            &at,
+            format!("not readable as YAML: {}", error.message),
+            "correct the text at this line; nothing else in the file was checked",
+        );
     }
 
     /// A finding without which the catalog would be usable.
-    pub(crate) fn error(&mut self, at: &At<'_>, message: impl Into<String>, hint: impl Into<String>) {
+    pub(crate) fn error(
+        &mut self,
+        at: &At<'_>,
+        message: impl Into<String>,
+        hint: impl Into<String>,
+    ) {
         self.push(Severity::Error, at, message.into(), hint.into());
     }
 
     /// A finding in spite of which the catalog is usable.
-    pub(crate) fn warning(&mut self, at: &At<'_>, message: impl Into<String>, hint: impl Into<String>) {
+    pub(crate) fn warning(
+        &mut self,
+        at: &At<'_>,
+        message: impl Into<String>,
+        hint: impl Into<String>,
+    ) {
         self.push(Severity::Warning, at, message.into(), hint.into());
     }
 
@@ -129,11 +160,19 @@ pub(crate) struct At<'a> {
 }
 
 /// The known name that `name` was probably meant to be.
-pub(crate) fn did_you_mean<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+pub(crate) fn did_you_mean<'a>(
+    name: &str,
+    known: impl IntoIterator<Item = &'a str>,
+) -> Option<&'a str> {
     let n_edits_max = (name.chars().count() / 3).clamp(1, 4);
     known
         .into_iter()
-        .map(|candidate| (strsim::damerau_levenshtein(&name.to_lowercase(), &candidate.to_lowercase()), candidate))
+        .map(|candidate| {
+            (
+                strsim::damerau_levenshtein(&name.to_lowercase(), &candidate.to_lowercase()),
+                candidate,
+            )
+        })
         .filter(|(n_edits, _)| *n_edits <= n_edits_max)
         .min_by_key(|(n_edits, _)| *n_edits)
         .map(|(_, candidate)| candidate)

@@ -38,9 +38,18 @@ pub(crate) fn doctor(
     let mut checks = Vec::new();
     let plan = match (&args.model, catalog) {
         (Some(key), Ok(catalog)) => {
-            let planned = publish::entry(catalog, key)
-                .and_then(|entry| publish::plan(entry, Artifact::All, args.scratch.path.as_deref(), false, environment));
-            planned.map_err(|failure| checks.push(bad("model", failure.to_string()))).ok()
+            let planned = publish::entry(catalog, key).and_then(|entry| {
+                publish::plan(
+                    entry,
+                    Artifact::All,
+                    args.scratch.path.as_deref(),
+                    false,
+                    environment,
+                )
+            });
+            planned
+                .map_err(|failure| checks.push(bad("model", failure.to_string())))
+                .ok()
         }
         _ => None,
     };
@@ -68,26 +77,46 @@ pub(crate) fn doctor(
 }
 
 fn good(check: &'static str, message: impl Into<String>) -> Check {
-    Check { check, ok: true, message: message.into() }
+    Check {
+        check,
+        ok: true,
+        message: message.into(),
+    }
 }
 
 fn bad(check: &'static str, message: impl Into<String>) -> Check {
-    Check { check, ok: false, message: message.into() }
+    Check {
+        check,
+        ok: false,
+        message: message.into(),
+    }
 }
 
 /// larql, the token, the Hub and the token's rights; with the entry's plan also the right to write to its target.
-async fn publishing(plan: Option<&PublishPlan>, environment: &Environment, checks: &mut Vec<Check>) {
+async fn publishing(
+    plan: Option<&PublishPlan>,
+    environment: &Environment,
+    checks: &mut Vec<Check>,
+) {
     checks.push(larql_check(environment).await);
     let mut settings = match environment.hub_settings() {
         Ok(settings) => settings,
         Err(failure) => return checks.push(bad("token", failure.to_string())),
     };
     let has_token = settings.token.is_some();
-    checks.push(match environment.var("HF_TOKEN").is_some_and(|token| !token.trim().is_empty()) {
-        true => good("token", "HF_TOKEN is set"),
-        false if has_token => good("token", "HF_TOKEN is not set; using the stored token"),
-        false => bad("token", "HF_TOKEN is not set; publication will fail (set it to a token that may write)"),
-    });
+    checks.push(
+        match environment
+            .var("HF_TOKEN")
+            .is_some_and(|token| !token.trim().is_empty())
+        {
+            true => good("token", "HF_TOKEN is set"),
+            false if has_token => good("token", "HF_TOKEN is not set; using the stored token"),
+            false => bad(
+                "token",
+                "HF_TOKEN is not set; publication will fail (set it to a token that may write)",
+            ),
+        },
+    );
     settings.give_up_after = PATIENCE;
     let endpoint = settings.endpoint.clone();
     let asked = match hub::Hub::new(settings) {
@@ -99,24 +128,50 @@ async fn publishing(plan: Option<&PublishPlan>, environment: &Environment, check
             checks.push(good("hub", format!("Hub reachable: {endpoint}")));
             checks.push(rights(&me, plan.map(|plan| name::owner(&plan.target_repo))));
         }
-        Err(hub::Error::Unauthorized { .. }) if !has_token => checks.push(good("hub", format!("Hub reachable: {endpoint}"))),
+        Err(hub::Error::Unauthorized { .. }) if !has_token => {
+            checks.push(good("hub", format!("Hub reachable: {endpoint}")))
+        }
         Err(error @ (hub::Error::Unauthorized { .. } | hub::Error::Forbidden { .. })) => {
             checks.push(good("hub", format!("Hub reachable: {endpoint}")));
             checks.push(bad("rights", format!("token is refused: {error}")));
         }
-        Err(error) => checks.push(bad("hub", format!("Hub not reachable: {endpoint}: {error}"))),
+        Err(error) => checks.push(bad(
+            "hub",
+            format!("Hub not reachable: {endpoint}: {error}"),
+        )),
     }
 }
 
 async fn larql_check(environment: &Environment) -> Check {
     match larql::find(environment) {
         Ok(path) => match larql::version(&path).await {
-            Some(version) => good("larql", format!("found command: larql ({}), {version}", path.display())),
-            None => good("larql", format!("found command: larql ({})", path.display())),
+            Some(version) => good(
+                "larql",
+                format!("found command: larql ({}), {version}", path.display()),
+            ),
+            None => good(
+                "larql",
+                format!("found command: larql ({})", path.display()),
+            ),
         },
-        Err(_) => match environment.var(larql::VARIABLE).filter(|name| !name.is_empty()) {
-            Some(name) => bad("larql", format!("missing command: larql ({} is '{name}', which is not a program)", larql::VARIABLE)),
-            None => bad("larql", format!("missing command: larql (put it on PATH, or set {} to its path)", larql::VARIABLE)),
+        Err(_) => match environment
+            .var(larql::VARIABLE)
+            .filter(|name| !name.is_empty())
+        {
+            Some(name) => bad(
+                "larql",
+                format!(
+                    "missing command: larql ({} is '{name}', which is not a program)",
+                    larql::VARIABLE
+                ),
+            ),
+            None => bad(
+                "larql",
+                format!(
+                    "missing command: larql (put it on PATH, or set {} to its path)",
+                    larql::VARIABLE
+                ),
+            ),
         },
     }
 }
@@ -125,36 +180,83 @@ async fn larql_check(environment: &Environment) -> Check {
 fn rights(me: &hub::WhoAmI, owner: Option<&str>) -> Check {
     let who = &me.name;
     match owner.map(|owner| (owner, me.can_write(owner))) {
-        Some((owner, hub::Right::Yes)) => good("rights", format!("token of {who} may write to {owner}")),
-        Some((owner, hub::Right::No)) => bad("rights", format!("token of {who} may not write to {owner} (use one with write access there)")),
-        Some((owner, hub::Right::Unknown)) => good("rights", format!("token of {who}; the Hub does not say whether it may write to {owner}")),
+        Some((owner, hub::Right::Yes)) => {
+            good("rights", format!("token of {who} may write to {owner}"))
+        }
+        Some((owner, hub::Right::No)) => bad(
+            "rights",
+            format!("token of {who} may not write to {owner} (use one with write access there)"),
+        ),
+        Some((owner, hub::Right::Unknown)) => good(
+            "rights",
+            format!("token of {who}; the Hub does not say whether it may write to {owner}"),
+        ),
         None => match &me.role {
-            Some(hub::Role::Read) => bad("rights", format!("token of {who} may only read (make one that may write)")),
+            Some(hub::Role::Read) => bad(
+                "rights",
+                format!("token of {who} may only read (make one that may write)"),
+            ),
             Some(hub::Role::Write) => good("rights", format!("token of {who} may write")),
-            Some(hub::Role::FineGrained) if me.writable.is_empty() => {
-                bad("rights", format!("token of {who} may write nowhere (grant it write access to your repositories)"))
+            Some(hub::Role::FineGrained) if me.writable.is_empty() => bad(
+                "rights",
+                format!(
+                    "token of {who} may write nowhere (grant it write access to your repositories)"
+                ),
+            ),
+            Some(hub::Role::FineGrained) => good(
+                "rights",
+                format!("token of {who} may write to {}", me.writable.join(", ")),
+            ),
+            Some(hub::Role::Other(role)) => {
+                good("rights", format!("token of {who} with the role {role}"))
             }
-            Some(hub::Role::FineGrained) => good("rights", format!("token of {who} may write to {}", me.writable.join(", "))),
-            Some(hub::Role::Other(role)) => good("rights", format!("token of {who} with the role {role}")),
-            None => good("rights", format!("token of {who}; the Hub does not say what it may do")),
+            None => good(
+                "rights",
+                format!("token of {who}; the Hub does not say what it may do"),
+            ),
         },
     }
 }
 
 fn writable(scratch: &Path) -> Check {
-    let probe = std::fs::create_dir_all(scratch).and_then(|()| tempfile::Builder::new().prefix(".doctor-").tempfile_in(scratch));
+    let probe = std::fs::create_dir_all(scratch).and_then(|()| {
+        tempfile::Builder::new()
+            .prefix(".doctor-")
+            .tempfile_in(scratch)
+    });
     match probe {
-        Ok(_) => good("scratch", format!("scratch root writable: {}", scratch.display())),
-        Err(error) => bad("scratch", format!("scratch root is not writable: {} ({error})", scratch.display())),
+        Ok(_) => good(
+            "scratch",
+            format!("scratch root writable: {}", scratch.display()),
+        ),
+        Err(error) => bad(
+            "scratch",
+            format!(
+                "scratch root is not writable: {} ({error})",
+                scratch.display()
+            ),
+        ),
     }
 }
 
 fn catalog_check(view: &View, catalog: Result<&Catalog, &Invalid>) -> Check {
     match (catalog, view) {
-        (Ok(catalog), View::Manifest(path)) => good("catalog", format!("{} valid: {} entries", path.display(), catalog.entries.len())),
-        (Ok(catalog), _) => {
-            good("catalog", format!("catalog valid: {} entries from {} sources", catalog.entries.len(), catalog.sources.len()))
-        }
+        (Ok(catalog), View::Manifest(path)) => good(
+            "catalog",
+            format!(
+                "{} valid: {} entries",
+                path.display(),
+                catalog.entries.len()
+            ),
+        ),
+        (Ok(catalog), _) => good(
+            "catalog",
+            format!(
+                "catalog valid: {} entries from {} sources",
+                catalog.entries.len(),
+                catalog.sources.len()
+            ),
+        ),
         (Err(invalid), _) => {
             let findings: Vec<String> = invalid.findings.iter().map(ToString::to_string).collect();
             bad("catalog", format!("{}\n{invalid}", findings.join("\n")))
@@ -171,15 +273,40 @@ async fn space(plan: &PublishPlan, environment: &Environment) -> Check {
     let free = gigabytes(free_bytes);
     let hub = match environment.hub_settings().map(hub::Hub::new) {
         Ok(Ok(hub)) => hub,
-        Ok(Err(error)) => return bad("space", format!("free space: {free} at {at}; the Hub cannot be asked what is needed: {error}")),
+        Ok(Err(error)) => {
+            return bad(
+                "space",
+                format!(
+                    "free space: {free} at {at}; the Hub cannot be asked what is needed: {error}"
+                ),
+            );
+        }
         Err(failure) => return bad("space", failure.to_string()),
     };
     match inspect::inspect(plan, &hub).await.disk_needed_bytes {
-        None => good("space", format!("free space: {free} at {at}; what {} needs is unknown", plan.model_key)),
-        Some(needed) if needed > free_bytes => {
-            bad("space", format!("not enough space: {free} free at {at}, {} needed for {}", gigabytes(needed), plan.model_key))
-        }
-        Some(needed) => good("space", format!("free space: {free} at {at}, {} needed for {}", gigabytes(needed), plan.model_key)),
+        None => good(
+            "space",
+            format!(
+                "free space: {free} at {at}; what {} needs is unknown",
+                plan.model_key
+            ),
+        ),
+        Some(needed) if needed > free_bytes => bad(
+            "space",
+            format!(
+                "not enough space: {free} free at {at}, {} needed for {}",
+                gigabytes(needed),
+                plan.model_key
+            ),
+        ),
+        Some(needed) => good(
+            "space",
+            format!(
+                "free space: {free} at {at}, {} needed for {}",
+                gigabytes(needed),
+                plan.model_key
+            ),
+        ),
     }
 }
 
@@ -191,7 +318,9 @@ fn gigabytes(n_bytes: u64) -> String {
 #[cfg(unix)]
 fn free_bytes(path: &Path) -> Option<u64> {
     let absolute = std::path::absolute(path).ok()?;
-    let found = absolute.ancestors().find_map(|path| rustix::fs::statvfs(path).ok())?;
+    let found = absolute
+        .ancestors()
+        .find_map(|path| rustix::fs::statvfs(path).ok())?;
     found.f_bavail.checked_mul(found.f_frsize)
 }
 

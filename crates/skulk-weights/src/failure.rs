@@ -15,7 +15,11 @@ pub(crate) enum Failure {
     /// The catalog cannot be used; each finding is to be shown.
     Catalog(Invalid),
     /// One thing went wrong.
-    One { message: String, hint: Option<String>, cause: Option<Box<dyn Error + Send + Sync>> },
+    One {
+        message: String,
+        hint: Option<String>,
+        cause: Option<Box<dyn Error + Send + Sync>>,
+    },
     /// The command has already shown what failed.
     Shown,
     /// Standard output or error cannot be written.
@@ -25,13 +29,21 @@ pub(crate) enum Failure {
 impl Failure {
     /// A failure of which `message` says what failed and on what.
     pub(crate) fn new(message: impl Into<String>) -> Failure {
-        Failure::One { message: message.into(), hint: None, cause: None }
+        Failure::One {
+            message: message.into(),
+            hint: None,
+            cause: None,
+        }
     }
 
     /// Adds what to do now.
     pub(crate) fn hint(self, text: impl Into<String>) -> Failure {
         match self {
-            Failure::One { message, cause, .. } => Failure::One { message, hint: Some(text.into()), cause },
+            Failure::One { message, cause, .. } => Failure::One {
+                message,
+                hint: Some(text.into()),
+                cause,
+            },
             other => other,
         }
     }
@@ -39,7 +51,11 @@ impl Failure {
     /// Adds the error behind it.
     pub(crate) fn cause(self, error: impl Error + Send + Sync + 'static) -> Failure {
         match self {
-            Failure::One { message, hint, .. } => Failure::One { message, hint, cause: Some(Box::new(error)) },
+            Failure::One { message, hint, .. } => Failure::One {
+                message,
+                hint,
+                cause: Some(Box::new(error)),
+            },
             other => other,
         }
     }
@@ -54,8 +70,14 @@ impl Failure {
     /// What `--json` tells of a failure.
     pub(crate) fn to_json(&self) -> serde_json::Value {
         match self {
-            Failure::Catalog(invalid) => serde_json::json!({"valid": false, "error": invalid.to_string(), "findings": invalid.findings}),
-            Failure::One { message, hint, cause } => {
+            Failure::Catalog(invalid) => {
+                serde_json::json!({"valid": false, "error": invalid.to_string(), "findings": invalid.findings})
+            }
+            Failure::One {
+                message,
+                hint,
+                cause,
+            } => {
                 serde_json::json!({"error": message, "hint": hint, "cause": cause.as_ref().map(ToString::to_string)})
             }
             Failure::Shown | Failure::Output(_) => serde_json::Value::Null,
@@ -78,9 +100,14 @@ impl fmt::Display for Failure {
                 }
                 write!(f, "error: {invalid}")
             }
-            Failure::One { message, hint, cause } => {
+            Failure::One {
+                message,
+                hint,
+                cause,
+            } => {
                 write!(f, "error: {message}")?;
-                let mut cause: Option<&dyn Error> = cause.as_ref().map(|cause| cause.as_ref() as &dyn Error);
+                let mut cause: Option<&dyn Error> =
+                    cause.as_ref().map(|cause| cause.as_ref() as &dyn Error);
                 while let Some(error) = cause {
                     write!(f, "\n  cause: {error}")?;
                     cause = error.source();

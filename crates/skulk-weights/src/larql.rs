@@ -22,7 +22,11 @@ pub(crate) fn find(environment: &Environment) -> Result<PathBuf, Failure> {
         is_program(&path).then_some(path)
     } else {
         let file = format!("{name}{}", std::env::consts::EXE_SUFFIX);
-        environment.path().into_iter().map(|dir| dir.join(&file)).find(|path| is_program(path))
+        environment
+            .path()
+            .into_iter()
+            .map(|dir| dir.join(&file))
+            .find(|path| is_program(path))
     };
     found.ok_or_else(|| match &named {
         Some(name) => Failure::new(format!("larql is required for vindex publishing: {VARIABLE} is '{name}', which is not a program"))
@@ -34,17 +38,31 @@ pub(crate) fn find(environment: &Environment) -> Result<PathBuf, Failure> {
 /// What `larql --version` prints first, when it prints something within ten seconds.
 pub(crate) async fn version(larql: &Path) -> Option<String> {
     let mut command = tokio::process::Command::new(larql);
-    command.arg("--version").stdin(Stdio::null()).kill_on_drop(true);
-    let output = tokio::time::timeout(Duration::from_secs(10), command.output()).await.ok()?.ok()?;
+    command
+        .arg("--version")
+        .stdin(Stdio::null())
+        .kill_on_drop(true);
+    let output = tokio::time::timeout(Duration::from_secs(10), command.output())
+        .await
+        .ok()?
+        .ok()?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    let line: String = text.lines().next()?.trim().chars().filter(|c| !c.is_control()).take(80).collect();
+    let line: String = text
+        .lines()
+        .next()?
+        .trim()
+        .chars()
+        .filter(|c| !c.is_control())
+        .take(80)
+        .collect();
     (output.status.success() && !line.is_empty()).then_some(line)
 }
 
 #[cfg(unix)]
 fn is_program(path: &Path) -> bool {
     use std::os::unix::fs::PermissionsExt;
-    std::fs::metadata(path).is_ok_and(|metadata| metadata.is_file() && metadata.permissions().mode() & 0o111 != 0)
+    std::fs::metadata(path)
+        .is_ok_and(|metadata| metadata.is_file() && metadata.permissions().mode() & 0o111 != 0)
 }
 
 #[cfg(not(unix))]

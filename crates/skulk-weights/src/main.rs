@@ -42,13 +42,21 @@ use scratch::Cleaned;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).init();
-    let output = Output { json: cli.global.json };
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .init();
+    let output = Output {
+        json: cli.global.json,
+    };
     match run(&cli, output) {
         Ok(()) => ExitCode::SUCCESS,
         // The reader of our output has seen enough.
-        Err(Failure::Output(error)) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+        Err(Failure::Output(error)) if error.kind() == io::ErrorKind::BrokenPipe => {
+            ExitCode::SUCCESS
+        }
         Err(failure) => {
             if !matches!(failure, Failure::Shown) {
                 eprintln!("{failure}");
@@ -64,24 +72,43 @@ fn run(cli: &Cli, output: Output) -> Result<(), Failure> {
     // clap does not hold options against each other that stand on both sides of the command.
     if cli.global.config.is_some() && cli.global.manifest.is_some() {
         let message = "the argument '--manifest <PATH>' cannot be used with '--config <PATH>'";
-        Cli::command().error(clap::error::ErrorKind::ArgumentConflict, message).exit();
+        Cli::command()
+            .error(clap::error::ErrorKind::ArgumentConflict, message)
+            .exit();
     }
     let environment = Environment::of_process()?;
     let view = cli.global.view();
     let load = || Catalog::load(&view, &environment.working_dir, environment.home.as_deref());
     let load_and_warn = || {
         let catalog = load()?;
-        catalog.warnings.iter().for_each(|warning| eprintln!("{warning}"));
+        catalog
+            .warnings
+            .iter()
+            .for_each(|warning| eprintln!("{warning}"));
         Ok::<_, Failure>(catalog)
     };
     match &cli.command {
         Command::Catalog(command) => catalog_command(command, load_and_warn, output),
         Command::Publish(args) => publish::publish(args, &load_and_warn()?, &environment, output),
-        Command::Scratch(cli::Scratch::Clean { scratch, yes }) => clean(&environment.scratch(scratch.path.as_deref()), *yes, &environment, output),
-        Command::Doctor(args) => doctor::doctor(args, &view, load().as_ref(), &environment, output),
-        Command::Registry(cli::Registry::Serve { root, listen, token_file }) => {
-            serve::serve(root, *listen, token_file.as_deref(), &environment, output)
+        Command::Scratch(cli::Scratch::Clean { scratch, yes }) => clean(
+            &environment.scratch(scratch.path.as_deref()),
+            *yes,
+            &environment,
+            output,
+        ),
+        Command::Doctor(args) => {
+            let catalog = load();
+            catalog
+                .iter()
+                .flat_map(|catalog| &catalog.warnings)
+                .for_each(|warning| eprintln!("{warning}"));
+            doctor::doctor(args, &view, catalog.as_ref(), &environment, output)
         }
+        Command::Registry(cli::Registry::Serve {
+            root,
+            listen,
+            token_file,
+        }) => serve::serve(root, *listen, token_file.as_deref(), &environment, output),
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(*shell, &mut Cli::command(), "skulk-weights", &mut script);
@@ -100,12 +127,17 @@ fn catalog_command(
             let catalog = load()?;
             let (n_entries, n_sources) = (catalog.entries.len(), catalog.sources.len());
             output.value(&serde_json::json!({"valid": true, "entries": n_entries, "sources": n_sources, "warnings": catalog.warnings}))?;
-            output.text(format_args!("catalog valid: {n_entries} entries from {n_sources} sources"))
+            output.text(format_args!(
+                "catalog valid: {n_entries} entries from {n_sources} sources"
+            ))
         }
         cli::Catalog::Sources => {
             let catalog = load()?;
             output.value(&catalog.sources)?;
-            catalog.sources.iter().try_for_each(|source| output.text(source))
+            catalog
+                .sources
+                .iter()
+                .try_for_each(|source| output.text(source))
         }
         cli::Catalog::List { tier } => {
             let catalog = load()?;
@@ -115,48 +147,91 @@ fn catalog_command(
         }
         cli::Catalog::Show { key } => output.json_line(&publish::entry(&load()?, key)?.fields()),
         cli::Catalog::Find { model } => {
-            let id = name::model_id(model).map_err(|message| Failure::new(message).hint("such as google/gemma-3-4b-it"))?;
+            let id = name::model_id(model)
+                .map_err(|message| Failure::new(message).hint("such as google/gemma-3-4b-it"))?;
             let catalog = load()?;
-            let found: Vec<_> = catalog.entries.iter().filter(|entry| entry.source_model == id).collect();
+            let found: Vec<_> = catalog
+                .entries
+                .iter()
+                .filter(|entry| entry.source_model == id)
+                .collect();
             if found.is_empty() {
-                let known = catalog.entries.iter().map(|entry| entry.source_model.as_str());
+                let known = catalog
+                    .entries
+                    .iter()
+                    .map(|entry| entry.source_model.as_str());
                 let hint = match diagnostic::did_you_mean(&id, known) {
                     Some(known) => format!("did you mean {known}?"),
                     None => "`skulk-weights catalog list` prints what there is".to_owned(),
                 };
-                return Err(Failure::new(format!("no catalog entry found for source_model '{id}'")).hint(hint));
+                return Err(Failure::new(format!(
+                    "no catalog entry found for source_model '{id}'"
+                ))
+                .hint(hint));
             }
-            found.iter().try_for_each(|entry| output.json_line(&entry.fields()))
+            found
+                .iter()
+                .try_for_each(|entry| output.json_line(&entry.fields()))
         }
-        cli::Catalog::Init { output: path, force } => init(path, *force, output),
+        cli::Catalog::Init {
+            output: path,
+            force,
+        } => init(path, *force, output),
     }
 }
 
 fn init(path: &Path, force: bool, output: Output) -> Result<(), Failure> {
     let mut options = std::fs::OpenOptions::new();
     options.write(true);
-    if force { options.create(true).truncate(true) } else { options.create_new(true) };
-    let written = options.open(path).and_then(|mut file| io::Write::write_all(&mut file, config::TEMPLATE.as_bytes()));
+    if force {
+        options.create(true).truncate(true)
+    } else {
+        options.create_new(true)
+    };
+    let written = options
+        .open(path)
+        .and_then(|mut file| io::Write::write_all(&mut file, config::TEMPLATE.as_bytes()));
     match written {
         Ok(()) => {
             output.value(&serde_json::json!({"wrote": path}))?;
             output.text(format_args!("wrote {}", path.display()))
         }
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-            Err(Failure::new(format!("{} already exists; rerun with --force to replace it", path.display())))
-        }
-        Err(error) => Err(Failure::io("cannot write", path, error).hint("check that its directory exists and can be written")),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Err(Failure::new(format!(
+            "{} already exists; rerun with --force to replace it",
+            path.display()
+        ))),
+        Err(error) => Err(Failure::io("cannot write", path, error)
+            .hint("check that its directory exists and can be written")),
     }
 }
 
-fn clean(scratch: &Path, yes: bool, environment: &Environment, output: Output) -> Result<(), Failure> {
+fn clean(
+    scratch: &Path,
+    yes: bool,
+    environment: &Environment,
+    output: Output,
+) -> Result<(), Failure> {
     let (working_dir, home) = (&environment.working_dir, environment.home.as_deref());
-    let mut ask: Box<dyn io::Write> = if output.json { Box::new(io::stderr()) } else { Box::new(io::stdout()) };
-    let cleaned = scratch::clean(scratch, working_dir, home, yes, &mut io::stdin().lock(), &mut ask)?;
+    let mut ask: Box<dyn io::Write> = if output.json {
+        Box::new(io::stderr())
+    } else {
+        Box::new(io::stdout())
+    };
+    let cleaned = scratch::clean(
+        scratch,
+        working_dir,
+        home,
+        yes,
+        &mut io::stdin().lock(),
+        &mut ask,
+    )?;
     let (word, text) = match cleaned {
         Cleaned::Deleted => ("deleted", format!("deleted {}", scratch.display())),
         Cleaned::Declined => ("declined", "aborted".to_owned()),
-        Cleaned::Absent => ("absent", format!("scratch directory does not exist: {}", scratch.display())),
+        Cleaned::Absent => (
+            "absent",
+            format!("scratch directory does not exist: {}", scratch.display()),
+        ),
     };
     output.value(&serde_json::json!({"scratch": scratch, "result": word}))?;
     output.text(text)

@@ -10,7 +10,10 @@ pub(crate) fn is_key(text: &str) -> bool {
 
 /// `[a-z0-9][a-z0-9._-]*`
 pub(crate) fn is_namespace(text: &str) -> bool {
-    starts_alphanumeric(text) && text.chars().all(|c| is_lower_alphanumeric(c) || matches!(c, '.' | '_' | '-'))
+    starts_alphanumeric(text)
+        && text
+            .chars()
+            .all(|c| is_lower_alphanumeric(c) || matches!(c, '.' | '_' | '-'))
 }
 
 /// `owner/name` of ASCII letters, digits, `_`, `.` and `-`; neither half is an option or a relative path.
@@ -25,12 +28,16 @@ pub(crate) fn is_source_model(text: &str) -> bool {
 
 /// The base name of a `.vindex` directory: no separator of any platform, no hidden file, no option, no stray space.
 pub(crate) fn is_output_name(text: &str) -> bool {
-    let Some(stem) = text.strip_suffix(".vindex") else { return false };
+    let Some(stem) = text.strip_suffix(".vindex") else {
+        return false;
+    };
     !stem.is_empty()
         && text.len() <= 255
         && !stem.starts_with(['-', '.', ' '])
         && !stem.ends_with([' ', '.'])
-        && !text.chars().any(|c| c.is_control() || matches!(c, '/' | '\\' | ':' | '*' | '?' | '"' | '<' | '>' | '|'))
+        && !text.chars().any(|c| {
+            c.is_control() || matches!(c, '/' | '\\' | ':' | '*' | '?' | '"' | '<' | '>' | '|')
+        })
 }
 
 /// The part before the slash.
@@ -43,12 +50,20 @@ pub(crate) fn owner(repo: &str) -> &str {
 /// Of a URL the first two path parts count (`/tree/main` and the like are dropped), queries and fragments do not.
 pub(crate) fn model_id(text: &str) -> Result<String, String> {
     let trimmed = text.trim();
-    let bare = trimmed.split(['?', '#']).next().unwrap_or("").trim_end_matches('/');
+    let bare = trimmed
+        .split(['?', '#'])
+        .next()
+        .unwrap_or("")
+        .trim_end_matches('/');
     for marker in ["huggingface.co/", "hf.co/"] {
         if let Some(at) = bare.rfind(marker) {
-            let mut parts = bare[at + marker.len()..].split('/').filter(|part| !part.is_empty());
+            let mut parts = bare[at + marker.len()..]
+                .split('/')
+                .filter(|part| !part.is_empty());
             return match (parts.next(), parts.next()) {
-                (Some("datasets" | "spaces" | "collections"), _) => Err(format!("'{trimmed}' is not the URL of a model")),
+                (Some("datasets" | "spaces" | "collections"), _) => {
+                    Err(format!("'{trimmed}' is not the URL of a model"))
+                }
                 (Some(owner), Some(name)) => Ok(format!("{owner}/{name}")),
                 _ => Err(format!("cannot parse model ID from URL '{trimmed}'")),
             };
@@ -57,17 +72,23 @@ pub(crate) fn model_id(text: &str) -> Result<String, String> {
     if bare.contains('/') && !bare.contains("://") {
         Ok(bare.to_owned())
     } else {
-        Err(format!("expected owner/repo or a huggingface.co URL, got '{trimmed}'"))
+        Err(format!(
+            "expected owner/repo or a huggingface.co URL, got '{trimmed}'"
+        ))
     }
 }
 
 fn is_pair(text: &str, is_letter: impl Fn(char) -> bool) -> bool {
-    let Some((owner, name)) = text.split_once('/') else { return false };
+    let Some((owner, name)) = text.split_once('/') else {
+        return false;
+    };
     [owner, name].into_iter().all(|half| {
         !half.is_empty()
             && !half.starts_with('-')
             && !half.chars().all(|c| c == '.')
-            && half.chars().all(|c| is_letter(c) || matches!(c, '_' | '.' | '-'))
+            && half
+                .chars()
+                .all(|c| is_letter(c) || matches!(c, '_' | '.' | '-'))
     })
 }
 
@@ -87,19 +108,54 @@ mod tests {
     fn names_are_held_to_their_patterns() {
         type Rule = fn(&str) -> bool;
         let rules: &[(Rule, &[&str], &[&str])] = &[
-            (is_key, &["a", "0", "7b", "a--b", "a-"], &["", "-a", "A", "a_b", "a b", "a.b", "é", "١٢", "a\n"]),
-            (is_namespace, &["acme", "my.org_1-x"], &["", "-x", ".x", "a b", "Acme", "é"]),
-            (is_repo, &["acme/x", "A.c-m_e/M.o--d_e-l", "a/b."], &["", "a", "/x", "a/", "a/b/c", "a b/c", "a/é", "--help/x", "a/..", "../x", "a/-b", "a:b/c"]),
-            (is_source_model, &["owner/模型-é", "a/b"], &["a/b/c", "own er/x", "--help/x", "owner/", "a\\b", "模型", "a/b\n"]),
+            (
+                is_key,
+                &["a", "0", "7b", "a--b", "a-"],
+                &["", "-a", "A", "a_b", "a b", "a.b", "é", "١٢", "a\n"],
+            ),
+            (
+                is_namespace,
+                &["acme", "my.org_1-x"],
+                &["", "-x", ".x", "a b", "Acme", "é"],
+            ),
+            (
+                is_repo,
+                &["acme/x", "A.c-m_e/M.o--d_e-l", "a/b."],
+                &[
+                    "", "a", "/x", "a/", "a/b/c", "a b/c", "a/é", "--help/x", "a/..", "../x",
+                    "a/-b", "a:b/c",
+                ],
+            ),
+            (
+                is_source_model,
+                &["owner/模型-é", "a/b"],
+                &[
+                    "a/b/c", "own er/x", "--help/x", "owner/", "a\\b", "模型", "a/b\n",
+                ],
+            ),
             (
                 is_output_name,
                 &["a.vindex", "gemma-3.1_b.vindex", "own name.vindex"],
-                &[".vindex", "a", "a/b.vindex", "../a.vindex", "a\\b.vindex", "-a.vindex", "a.vindex ", "a\n.vindex", "..vindex", "a.vindex.bak", "c:.vindex"],
+                &[
+                    ".vindex",
+                    "a",
+                    "a/b.vindex",
+                    "../a.vindex",
+                    "a\\b.vindex",
+                    "-a.vindex",
+                    "a.vindex ",
+                    "a\n.vindex",
+                    "..vindex",
+                    "a.vindex.bak",
+                    "c:.vindex",
+                ],
             ),
         ];
         for (index, (rule, good, bad)) in rules.iter().enumerate() {
-            good.iter().for_each(|text| assert!(rule(text), "rule {index} refuses {text:?}"));
-            bad.iter().for_each(|text| assert!(!rule(text), "rule {index} accepts {text:?}"));
+            good.iter()
+                .for_each(|text| assert!(rule(text), "rule {index} refuses {text:?}"));
+            bad.iter()
+                .for_each(|text| assert!(!rule(text), "rule {index} accepts {text:?}"));
         }
     }
 
@@ -107,13 +163,22 @@ mod tests {
     fn model_ids_come_out_of_urls() {
         for (text, expected) in [
             (" google/gemma-3-4b-it/ ", "google/gemma-3-4b-it"),
-            ("https://huggingface.co/google/gemma/tree/main", "google/gemma"),
+            (
+                "https://huggingface.co/google/gemma/tree/main",
+                "google/gemma",
+            ),
             ("https://hf.co/google/gemma?library=x#y", "google/gemma"),
             ("huggingface.co/a/b", "a/b"),
         ] {
             assert_eq!(model_id(text).as_deref(), Ok(expected));
         }
-        for text in ["gemma", "https://huggingface.co/google", "https://huggingface.co/datasets/a/b", "https://example.com/a/b", ""] {
+        for text in [
+            "gemma",
+            "https://huggingface.co/google",
+            "https://huggingface.co/datasets/a/b",
+            "https://example.com/a/b",
+            "",
+        ] {
             assert!(model_id(text).is_err(), "{text:?}");
         }
     }

@@ -19,12 +19,20 @@ pub(crate) struct Output {
 impl Output {
     /// One line, or several, of text. With `--json` nothing: the value is told by [`Output::value`].
     pub(crate) fn text(self, text: impl std::fmt::Display) -> Result<(), Failure> {
-        if self.json { Ok(()) } else { write(&format!("{text}\n")) }
+        if self.json {
+            Ok(())
+        } else {
+            write(&format!("{text}\n"))
+        }
     }
 
     /// With `--json`, the value on one line; without it nothing.
     pub(crate) fn value(self, value: &impl Serialize) -> Result<(), Failure> {
-        if self.json { write(&format!("{}\n", json_line(value))) } else { Ok(()) }
+        if self.json {
+            write(&format!("{}\n", json_line(value)))
+        } else {
+            Ok(())
+        }
     }
 
     /// The value on one line, with or without `--json`.
@@ -36,7 +44,9 @@ impl Output {
 /// Text as it stands, whatever the form of results.
 pub(crate) fn write(text: &str) -> Result<(), Failure> {
     let mut out = io::stdout().lock();
-    out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(Failure::Output)
+    out.write_all(text.as_bytes())
+        .and_then(|()| out.flush())
+        .map_err(Failure::Output)
 }
 
 /// One line of JSON: `", "` and `": "` between, everything but ASCII escaped.
@@ -52,19 +62,39 @@ pub(crate) fn json_line(value: &impl Serialize) -> String {
 struct OneLine;
 
 impl Formatter for OneLine {
-    fn begin_array_value<W: ?Sized + Write>(&mut self, writer: &mut W, first: bool) -> io::Result<()> {
-        if first { Ok(()) } else { writer.write_all(b", ") }
+    fn begin_array_value<W: ?Sized + Write>(
+        &mut self,
+        writer: &mut W,
+        first: bool,
+    ) -> io::Result<()> {
+        if first {
+            Ok(())
+        } else {
+            writer.write_all(b", ")
+        }
     }
 
-    fn begin_object_key<W: ?Sized + Write>(&mut self, writer: &mut W, first: bool) -> io::Result<()> {
-        if first { Ok(()) } else { writer.write_all(b", ") }
+    fn begin_object_key<W: ?Sized + Write>(
+        &mut self,
+        writer: &mut W,
+        first: bool,
+    ) -> io::Result<()> {
+        if first {
+            Ok(())
+        } else {
+            writer.write_all(b", ")
+        }
     }
 
     fn begin_object_value<W: ?Sized + Write>(&mut self, writer: &mut W) -> io::Result<()> {
         writer.write_all(b": ")
     }
 
-    fn write_string_fragment<W: ?Sized + Write>(&mut self, writer: &mut W, fragment: &str) -> io::Result<()> {
+    fn write_string_fragment<W: ?Sized + Write>(
+        &mut self,
+        writer: &mut W,
+        fragment: &str,
+    ) -> io::Result<()> {
         for c in fragment.chars() {
             if c.is_ascii() && c != '\u{7f}' {
                 writer.write_all(&[c as u8])?;
@@ -77,7 +107,11 @@ impl Formatter for OneLine {
         Ok(())
     }
 
-    fn write_char_escape<W: ?Sized + Write>(&mut self, writer: &mut W, escape: CharEscape) -> io::Result<()> {
+    fn write_char_escape<W: ?Sized + Write>(
+        &mut self,
+        writer: &mut W,
+        escape: CharEscape,
+    ) -> io::Result<()> {
         match escape {
             CharEscape::Quote => writer.write_all(b"\\\""),
             CharEscape::ReverseSolidus => writer.write_all(b"\\\\"),
@@ -99,6 +133,9 @@ mod tests {
     #[test]
     fn a_line_is_ascii_with_spaces_after_its_separators() {
         let value = serde_json::json!({"a": ["é", "𝄞\n\"\\"], "b": null});
-        assert_eq!(json_line(&value), r#"{"a": ["\u00e9", "\ud834\udd1e\n\"\\"], "b": null}"#);
+        assert_eq!(
+            json_line(&value),
+            r#"{"a": ["\u00e9", "\ud834\udd1e\n\"\\"], "b": null}"#
+        );
     }
 }

@@ -100,30 +100,68 @@ pub(crate) struct BadCollection {
 
 impl PublishPlan {
     /// The plan for `entry`. `scratch` is the directory for intermediate files, `collection` as [`collection`] gives it.
-    pub(crate) fn new(entry: &Entry, artifact: Artifact, scratch: &Path, collection: Option<String>, force: bool) -> PublishPlan {
+    pub(crate) fn new(
+        entry: &Entry,
+        artifact: Artifact,
+        scratch: &Path,
+        collection: Option<String>,
+        force: bool,
+    ) -> PublishPlan {
         let output_path = scratch.join(&entry.output_name);
         let output = output_path.display().to_string();
         let publish_slices = match entry.slices.as_slice() {
             [Slice::Full] => "none".to_owned(),
-            slices => slices.iter().map(|slice| slice.name()).collect::<Vec<_>>().join(","),
+            slices => slices
+                .iter()
+                .map(|slice| slice.name())
+                .collect::<Vec<_>>()
+                .join(","),
         };
-        let words = |words: &[&str]| words.iter().map(|&word| word.to_owned()).collect::<Vec<_>>();
+        let words = |words: &[&str]| {
+            words
+                .iter()
+                .map(|&word| word.to_owned())
+                .collect::<Vec<_>>()
+        };
         let asked = |wanted| artifact == Artifact::All || artifact == wanted;
         let vindex = asked(Artifact::Vindex).then(|| VindexStep {
-            extract: words(&["larql", "extract", &entry.source_model, "-o", &output, "--quant", &entry.quant]),
-            publish: words(&["larql", "publish", &output, "--repo", &entry.hf_repo, "--slices", &publish_slices]),
+            extract: words(&[
+                "larql",
+                "extract",
+                &entry.source_model,
+                "-o",
+                &output,
+                "--quant",
+                &entry.quant,
+            ]),
+            publish: words(&[
+                "larql",
+                "publish",
+                &output,
+                "--repo",
+                &entry.hf_repo,
+                "--slices",
+                &publish_slices,
+            ]),
         });
         let filed = |title: &str| collection.is_some().then(|| title.to_owned());
-        let mtp = Step::new(asked(Artifact::Mtp), entry.mtp.as_ref(), |sidecar| MtpStep {
-            source_repo: sidecar.source_repo.clone(),
-            sidecar_repo: sidecar.sidecar_repo.clone(),
-            output_path: scratch.join(format!("{}-mtp.safetensors", sidecar.sidecar_repo.replace('/', "--"))),
-            collection: filed("MTP Sidecars"),
+        let mtp = Step::new(asked(Artifact::Mtp), entry.mtp.as_ref(), |sidecar| {
+            MtpStep {
+                source_repo: sidecar.source_repo.clone(),
+                sidecar_repo: sidecar.sidecar_repo.clone(),
+                output_path: scratch.join(format!(
+                    "{}-mtp.safetensors",
+                    sidecar.sidecar_repo.replace('/', "--")
+                )),
+                collection: filed("MTP Sidecars"),
+            }
         });
-        let vision = Step::new(asked(Artifact::Vision), entry.vision.as_ref(), |sidecar| VisionStep {
-            source_repo: sidecar.source_repo.clone(),
-            sidecar_repo: sidecar.sidecar_repo.clone(),
-            collection: filed("Vision Sidecars"),
+        let vision = Step::new(asked(Artifact::Vision), entry.vision.as_ref(), |sidecar| {
+            VisionStep {
+                source_repo: sidecar.source_repo.clone(),
+                sidecar_repo: sidecar.sidecar_repo.clone(),
+                collection: filed("Vision Sidecars"),
+            }
         });
         PublishPlan {
             model_key: entry.key.clone(),
@@ -156,7 +194,10 @@ impl<T> Step<T> {
 }
 
 /// The collection of a publication: `variable` (the value of [`COLLECTION_VARIABLE`]) before the entry's own.
-pub(crate) fn collection(entry: &Entry, variable: Option<&str>) -> Result<Option<String>, BadCollection> {
+pub(crate) fn collection(
+    entry: &Entry,
+    variable: Option<&str>,
+) -> Result<Option<String>, BadCollection> {
     let value = variable.unwrap_or("").trim();
     if value.is_empty() {
         return Ok(entry.hf_collection.clone());
@@ -164,7 +205,9 @@ pub(crate) fn collection(entry: &Entry, variable: Option<&str>) -> Result<Option
     match value.to_lowercase().as_str() {
         "none" | "0" | "false" | "no" | "off" | "disabled" => Ok(None),
         _ if name::is_repo(value) => Ok(Some(value.to_owned())),
-        _ => Err(BadCollection { value: value.to_owned() }),
+        _ => Err(BadCollection {
+            value: value.to_owned(),
+        }),
     }
 }
 
@@ -177,7 +220,10 @@ impl fmt::Display for PublishPlan {
         writeln!(f, "output path: {}", self.output_path.display())?;
         writeln!(f, "target repo: hf://{}", self.target_repo)?;
         match &self.collection {
-            Some(slug) => writeln!(f, "vindex collection: https://huggingface.co/collections/{slug}")?,
+            Some(slug) => writeln!(
+                f,
+                "vindex collection: https://huggingface.co/collections/{slug}"
+            )?,
             None => writeln!(f, "collection: disabled")?,
         }
         writeln!(f, "publish slices: {}", self.publish_slices)?;
@@ -191,7 +237,11 @@ impl fmt::Display for PublishPlan {
             Step::NotConfigured => writeln!(f, "mtp step: not configured for this entry")?,
             Step::Planned(step) => {
                 writeln!(f, "mtp source repo:  hf://{}", step.source_repo)?;
-                writeln!(f, "mtp sidecar repo: hf://{}/mtp.safetensors", step.sidecar_repo)?;
+                writeln!(
+                    f,
+                    "mtp sidecar repo: hf://{}/mtp.safetensors",
+                    step.sidecar_repo
+                )?;
                 writeln!(f, "mtp precision:    bf16 (unquantized)")?;
                 writeln!(f, "mtp output path:  {}", step.output_path.display())?;
                 if let Some(title) = &step.collection {
@@ -205,7 +255,10 @@ impl fmt::Display for PublishPlan {
             Step::Planned(step) => {
                 writeln!(f, "vision source repo:  hf://{}", step.source_repo)?;
                 writeln!(f, "vision sidecar repo: hf://{}", step.sidecar_repo)?;
-                writeln!(f, "vision step:         mirror weights + configs (no quantization)")?;
+                writeln!(
+                    f,
+                    "vision step:         mirror weights + configs (no quantization)"
+                )?;
                 if let Some(title) = &step.collection {
                     writeln!(f, "vision collection:   {title}")?;
                 }
@@ -233,7 +286,11 @@ impl Artifact {
 pub(crate) fn shell(words: &[String]) -> String {
     let quote = |word: &String| {
         let is_plain = |c: char| c.is_ascii_alphanumeric() || "@%+=:,./-_".contains(c);
-        if !word.is_empty() && word.chars().all(is_plain) { word.clone() } else { format!("'{}'", word.replace('\'', "'\"'\"'")) }
+        if !word.is_empty() && word.chars().all(is_plain) {
+            word.clone()
+        } else {
+            format!("'{}'", word.replace('\'', "'\"'\"'"))
+        }
     };
     words.iter().map(quote).collect::<Vec<_>>().join(" ")
 }
@@ -269,7 +326,10 @@ mod tests {
             assert_eq!(resolve(Some(word)), Ok(None), "{word}");
         }
         for bad in ["slug", "https://huggingface.co/collections/a/b", "nope!/x"] {
-            assert!(resolve(Some(bad)).is_err_and(|error| error.contains(COLLECTION_VARIABLE)), "{bad}");
+            assert!(
+                resolve(Some(bad)).is_err_and(|error| error.contains(COLLECTION_VARIABLE)),
+                "{bad}"
+            );
         }
     }
 

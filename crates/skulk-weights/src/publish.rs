@@ -15,9 +15,20 @@ use crate::plan::{self, Artifact, PublishPlan, Step};
 use crate::{inspect, run};
 
 /// Plans the publication of one entry, and carries it out unless it is a dry run.
-pub(crate) fn publish(args: &Publish, catalog: &Catalog, environment: &Environment, output: Output) -> Result<(), Failure> {
+pub(crate) fn publish(
+    args: &Publish,
+    catalog: &Catalog,
+    environment: &Environment,
+    output: Output,
+) -> Result<(), Failure> {
     let entry = entry(catalog, &args.model)?;
-    let plan = plan(entry, args.artifact, args.scratch.path.as_deref(), args.force, environment)?;
+    let plan = plan(
+        entry,
+        args.artifact,
+        args.scratch.path.as_deref(),
+        args.force,
+        environment,
+    )?;
     if args.dry_run {
         return dry_run(plan, args.inspect, environment, output);
     }
@@ -31,13 +42,21 @@ pub(crate) fn publish(args: &Publish, catalog: &Catalog, environment: &Environme
         Some(_) => larql::find(environment)?,
         None => PathBuf::new(),
     };
-    let hub = hub::Hub::new(settings).map_err(|error| Failure::new("cannot use the Hub").cause(error))?;
-    environment.block_on(run::publish(run::Request { plan, hub, larql, output }))?
+    let hub =
+        hub::Hub::new(settings).map_err(|error| Failure::new("cannot use the Hub").cause(error))?;
+    environment.block_on(run::publish(run::Request {
+        plan,
+        hub,
+        larql,
+        output,
+    }))?
 }
 
 /// The entry of that key, or a message with the key that was probably meant.
 pub(crate) fn entry<'a>(catalog: &'a Catalog, key: &str) -> Result<&'a Entry, Failure> {
-    catalog.get(key).ok_or_else(|| Failure::new(format!("catalog key not found: {key}")).hint(catalog.missing_key_hint(key)))
+    catalog.get(key).ok_or_else(|| {
+        Failure::new(format!("catalog key not found: {key}")).hint(catalog.missing_key_hint(key))
+    })
 }
 
 /// The uninspected plan.
@@ -50,13 +69,23 @@ pub(crate) fn plan(
 ) -> Result<PublishPlan, Failure> {
     let scratch = environment.scratch(scratch);
     let collection = plan::collection(entry, environment.var(plan::COLLECTION_VARIABLE).as_deref())
-        .map_err(|error| Failure::new(error.to_string()).hint("unset it to use the entry's own collection"))?;
-    Ok(PublishPlan::new(entry, artifact, &scratch, collection, force))
+        .map_err(|error| {
+            Failure::new(error.to_string()).hint("unset it to use the entry's own collection")
+        })?;
+    Ok(PublishPlan::new(
+        entry, artifact, &scratch, collection, force,
+    ))
 }
 
-fn dry_run(mut plan: PublishPlan, inspect: bool, environment: &Environment, output: Output) -> Result<(), Failure> {
+fn dry_run(
+    mut plan: PublishPlan,
+    inspect: bool,
+    environment: &Environment,
+    output: Output,
+) -> Result<(), Failure> {
     if inspect {
-        let hub = hub::Hub::new(environment.hub_settings()?).map_err(|error| Failure::new("cannot use the Hub").cause(error))?;
+        let hub = hub::Hub::new(environment.hub_settings()?)
+            .map_err(|error| Failure::new("cannot use the Hub").cause(error))?;
         plan.inspection = Some(environment.block_on(inspect::inspect(&plan, &hub))?);
     }
     output.value(&plan)?;
@@ -66,10 +95,17 @@ fn dry_run(mut plan: PublishPlan, inspect: bool, environment: &Environment, outp
 /// Refuses an artifact that was asked for by name and that the entry does not configure.
 fn refuse_unconfigured(entry: &Entry, plan: &PublishPlan) -> Result<(), Failure> {
     let missing = match plan.artifact {
-        Artifact::Mtp if plan.mtp == Step::NotConfigured => ("MTP", "mtp_source_repo and mtp_sidecar_repo"),
-        Artifact::Vision if plan.vision == Step::NotConfigured => ("vision", "vision_source_repo and vision_sidecar_repo"),
+        Artifact::Mtp if plan.mtp == Step::NotConfigured => {
+            ("MTP", "mtp_source_repo and mtp_sidecar_repo")
+        }
+        Artifact::Vision if plan.vision == Step::NotConfigured => {
+            ("vision", "vision_source_repo and vision_sidecar_repo")
+        }
         _ => return Ok(()),
     };
     let (what, fields) = missing;
-    Err(Failure::new(format!("no {what} sidecar configured for {}; add {fields} to the catalog entry", entry.key)))
+    Err(Failure::new(format!(
+        "no {what} sidecar configured for {}; add {fields} to the catalog entry",
+        entry.key
+    )))
 }

@@ -3,6 +3,7 @@
 //! Invariant: nothing is removed that could be more than a scratch: the refusal comes before any question, looks at the
 //! path with all links resolved, and no option overrides it.
 
+use std::ffi::OsStr;
 use std::io::{self, BufRead, Write};
 use std::path::{Component, Path, PathBuf};
 
@@ -13,13 +14,40 @@ pub(crate) const VARIABLE: &str = "SKULK_WEIGHTS_SCRATCH";
 
 /// Directories that belong to the system, with everything below them.
 const SYSTEM: [&str; 16] = [
-    "/bin", "/boot", "/dev", "/etc", "/lib", "/lib32", "/lib64", "/proc", "/sbin", "/sys", "/usr", "/System", "/Library", "/Applications", "/var/lib/dpkg", "/var/log",
+    "/bin",
+    "/boot",
+    "/dev",
+    "/etc",
+    "/lib",
+    "/lib32",
+    "/lib64",
+    "/proc",
+    "/sbin",
+    "/sys",
+    "/usr",
+    "/System",
+    "/Library",
+    "/Applications",
+    "/var/lib/dpkg",
+    "/var/log",
 ];
 /// Files that show a directory to be the root of something else.
-const MARKERS: [&str; 6] = [".git", ".hg", "Cargo.toml", "pyproject.toml", "skulk-weights.yaml", "package.json"];
+const MARKERS: [&str; 6] = [
+    ".git",
+    ".hg",
+    "Cargo.toml",
+    "pyproject.toml",
+    "skulk-weights.yaml",
+    "package.json",
+];
 
 /// The scratch directory: the option, else the variable, else `.scratch` in the working directory.
-pub(crate) fn root(option: Option<&Path>, variable: Option<&str>, working_dir: &Path, home: Option<&Path>) -> PathBuf {
+pub(crate) fn root(
+    option: Option<&Path>,
+    variable: Option<&OsStr>,
+    working_dir: &Path,
+    home: Option<&Path>,
+) -> PathBuf {
     match (option, variable.filter(|value| !value.is_empty())) {
         (Some(path), _) => expand_home(path, home),
         (None, Some(value)) => expand_home(Path::new(value), home),
@@ -54,27 +82,50 @@ pub(crate) fn clean(
 ) -> Result<Cleaned, Failure> {
     let path = working_dir.join(scratch);
     let resolved = resolve(&path);
-    if let Some(reason) = too_broad(&resolved, &resolve(working_dir), home.map(resolve).as_deref()) {
+    if let Some(reason) = too_broad(
+        &resolved,
+        &resolve(working_dir),
+        home.map(resolve).as_deref(),
+    ) {
         return Err(refusal(scratch, &format!("path is too broad: {reason}")));
     }
     let metadata = match std::fs::symlink_metadata(&path) {
         Ok(metadata) => metadata,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Cleaned::Absent),
-        Err(error) => return Err(Failure::io("cannot look at the scratch directory", scratch, error)),
+        Err(error) => {
+            return Err(Failure::io(
+                "cannot look at the scratch directory",
+                scratch,
+                error,
+            ));
+        }
     };
     if metadata.is_symlink() {
-        return Err(refusal(scratch, &format!("it is a link to {}", resolved.display())));
+        return Err(refusal(
+            scratch,
+            &format!("it is a link to {}", resolved.display()),
+        ));
     }
     if !metadata.is_dir() {
         return Err(refusal(scratch, "it is not a directory"));
     }
-    if let Some(marker) = MARKERS.into_iter().find(|marker| resolved.join(marker).exists()) {
-        return Err(refusal(scratch, &format!("it holds {marker}, so it is not a scratch directory")));
+    if let Some(marker) = MARKERS
+        .into_iter()
+        .find(|marker| resolved.join(marker).exists())
+    {
+        return Err(refusal(
+            scratch,
+            &format!("it holds {marker}, so it is not a scratch directory"),
+        ));
     }
     if !yes {
-        write!(ask, "Delete {}? [y/N] ", scratch.display()).and_then(|()| ask.flush()).map_err(Failure::Output)?;
+        write!(ask, "Delete {}? [y/N] ", scratch.display())
+            .and_then(|()| ask.flush())
+            .map_err(Failure::Output)?;
         let mut answer = String::new();
-        answers.read_line(&mut answer).map_err(|error| Failure::io("cannot read the answer for", scratch, error))?;
+        answers
+            .read_line(&mut answer)
+            .map_err(|error| Failure::io("cannot read the answer for", scratch, error))?;
         if !answer.trim().eq_ignore_ascii_case("y") {
             return Ok(Cleaned::Declined);
         }
@@ -84,13 +135,21 @@ pub(crate) fn clean(
 }
 
 fn refusal(scratch: &Path, reason: &str) -> Failure {
-    Failure::new(format!("refusing to delete {}: {reason}", scratch.display()))
-        .hint(format!("name the scratch directory itself with --scratch or {VARIABLE}, or remove it by hand"))
+    Failure::new(format!(
+        "refusing to delete {}: {reason}",
+        scratch.display()
+    ))
+    .hint(format!(
+        "name the scratch directory itself with --scratch or {VARIABLE}, or remove it by hand"
+    ))
 }
 
 /// Why `path`, resolved, may be more than a scratch directory.
 fn too_broad(path: &Path, working_dir: &Path, home: Option<&Path>) -> Option<String> {
-    let n_parts = path.components().filter(|part| matches!(part, Component::RootDir | Component::Normal(_))).count();
+    let n_parts = path
+        .components()
+        .filter(|part| matches!(part, Component::RootDir | Component::Normal(_)))
+        .count();
     if n_parts <= 2 {
         return Some("it is at the top of the file system".to_owned());
     }
@@ -105,7 +164,11 @@ fn too_broad(path: &Path, working_dir: &Path, home: Option<&Path>) -> Option<Str
     if let Some(system) = SYSTEM.into_iter().find(|system| path.starts_with(system)) {
         return Some(format!("{system} belongs to the system"));
     }
-    if n_parts == 3 && ["/home", "/Users", "/var"].iter().any(|parent| path.starts_with(parent)) {
+    if n_parts == 3
+        && ["/home", "/Users", "/var"]
+            .iter()
+            .any(|parent| path.starts_with(parent))
+    {
         return Some("it is a directory of the system or of a user".to_owned());
     }
     None
@@ -139,20 +202,57 @@ mod tests {
     #[test]
     fn what_is_more_than_a_scratch_is_refused() {
         let (working_dir, home) = (Path::new("/srv/job/work"), Path::new("/home/me"));
-        for path in ["/", "/srv", "/srv/job", "/srv/job/work", "/home", "/home/me", "/home/other", "/usr/lib", "/etc/ssl/certs", "/var/tmp"] {
-            assert!(too_broad(Path::new(path), working_dir, Some(home)).is_some(), "{path}");
+        for path in [
+            "/",
+            "/srv",
+            "/srv/job",
+            "/srv/job/work",
+            "/home",
+            "/home/me",
+            "/home/other",
+            "/usr/lib",
+            "/etc/ssl/certs",
+            "/var/tmp",
+        ] {
+            assert!(
+                too_broad(Path::new(path), working_dir, Some(home)).is_some(),
+                "{path}"
+            );
         }
-        for path in ["/srv/job/work/.scratch", "/srv/other/fast", "/home/me/sc", "/mnt/fast", "/var/tmp/sc", "/home/other/sc"] {
-            assert!(too_broad(Path::new(path), working_dir, Some(home)).is_none(), "{path}: {:?}", too_broad(Path::new(path), working_dir, Some(home)));
+        for path in [
+            "/srv/job/work/.scratch",
+            "/srv/other/fast",
+            "/home/me/sc",
+            "/mnt/fast",
+            "/var/tmp/sc",
+            "/home/other/sc",
+        ] {
+            assert!(
+                too_broad(Path::new(path), working_dir, Some(home)).is_none(),
+                "{path}: {:?}",
+                too_broad(Path::new(path), working_dir, Some(home))
+            );
         }
     }
 
     #[test]
     fn the_option_comes_before_the_variable_before_the_working_directory() {
         let (here, home) = (Path::new("/w"), Some(Path::new("/h")));
-        assert_eq!(root(Some(Path::new("rel")), Some("/env"), here, home), Path::new("rel"));
-        assert_eq!(root(None, Some("~/sc"), here, home), Path::new("/h/sc"));
-        assert_eq!(root(None, Some(""), here, home), Path::new("/w/.scratch"));
-        assert_eq!(root(Some(Path::new("~")), None, here, home), Path::new("/h/"));
+        assert_eq!(
+            root(Some(Path::new("rel")), Some(OsStr::new("/env")), here, home),
+            Path::new("rel")
+        );
+        assert_eq!(
+            root(None, Some(OsStr::new("~/sc")), here, home),
+            Path::new("/h/sc")
+        );
+        assert_eq!(
+            root(None, Some(OsStr::new("")), here, home),
+            Path::new("/w/.scratch")
+        );
+        assert_eq!(
+            root(Some(Path::new("~")), None, here, home),
+            Path::new("/h/")
+        );
     }
 }

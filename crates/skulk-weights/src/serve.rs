@@ -1,13 +1,90 @@
-//! `registry serve`.
+//! `registry serve`: a Hub of one's own over a directory, until the process is told to stop.
+//!
+//! Invariant: without a token nobody beyond this machine can reach it.
 
 use std::net::SocketAddr;
 use std::path::Path;
+
+use tokio::net::TcpListener;
 
 use crate::environment::Environment;
 use crate::failure::Failure;
 use crate::output::Output;
 
-/// stub
-pub(crate) fn serve(_root: &Path, _listen: SocketAddr, _token_file: Option<&Path>, _environment: &Environment, _output: Output) -> Result<(), Failure> {
-    Err(Failure::new("not built yet"))
+/// Serves `root` on `listen`. Clients must show the token in `token_file`; without one, `listen` must be loopback.
+pub(crate) fn serve(
+    root: &Path,
+    listen: SocketAddr,
+    token_file: Option<&Path>,
+    environment: &Environment,
+    output: Output,
+) -> Result<(), Failure> {
+    let token = token_file.map(read_token).transpose()?;
+    if token.is_none() && !listen.ip().is_loopback() {
+        return Err(
+            Failure::new(format!("refusing to serve on {listen} without a token"))
+                .hint("name a file with a token by --token-file, or listen on 127.0.0.1"),
+        );
+    }
+    let registry = registry::Registry::open(root).map_err(|error| {
+        Failure::new(format!("cannot open the registry in {}", root.display())).cause(error)
+    })?;
+    environment.block_on(async {
+        let listener = TcpListener::bind(listen).await;
+        let listener = listener
+            .map_err(|error| Failure::new(format!("cannot listen on {listen}")).cause(error))?;
+        let address = listener
+            .local_addr()
+            .map_err(|error| Failure::new(format!("cannot listen on {listen}")).cause(error))?;
+        let options = registry::Options {
+            token,
+            ..registry::Options::default()
+        };
+        output.value(&serde_json::json!({"url": format!("http://{address}"), "root": root}))?;
+        output.text(format_args!(
+            "serving {} at http://{address} (clients: HF_ENDPOINT=http://{address})",
+            root.display()
+        ))?;
+        registry::serve(registry, listener, options, told_to_stop())
+            .await
+            .map_err(|error| {
+                Failure::new(format!("the registry at http://{address} stopped")).cause(error)
+            })
+    })?
+}
+
+fn read_token(path: &Path) -> Result<String, Failure> {
+    let text = std::fs::read_to_string(path)
+        .map_err(|error| Failure::io("cannot read the token file", path, error))?;
+    match text.trim() {
+        "" => Err(
+            Failure::new(format!("the token file {} is empty", path.display()))
+                .hint("write the token into it, on one line"),
+        ),
+        token => Ok(token.to_owned()),
+    }
+}
+
+/// Returns at the first interrupt or request to terminate.
+async fn told_to_stop() {
+    let interrupted = async {
+        if tokio::signal::ctrl_c().await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    };
+    #[cfg(unix)]
+    let terminated = async {
+        match tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()) {
+            Ok(mut signal) => {
+                signal.recv().await;
+            }
+            Err(_) => std::future::pending::<()>().await,
+        }
+    };
+    #[cfg(not(unix))]
+    let terminated = std::future::pending::<()>();
+    tokio::select! {
+        () = interrupted => {}
+        () = terminated => {}
+    }
 }

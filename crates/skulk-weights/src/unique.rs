@@ -9,9 +9,30 @@ use crate::manifest::{Draft, Named};
 
 /// Reports every name that an earlier entry already has.
 pub(crate) fn check(drafts: &[Draft], report: &mut Report) {
-    names(drafts, report, |draft| draft.key.as_ref(), |_, other_file| if other_file { "duplicate catalog key".to_owned() } else { "duplicate key".to_owned() });
-    names(drafts, report, |draft| draft.output_name.as_ref(), |name, _| format!("duplicate output_name {name}"));
-    names(drafts, report, |draft| draft.hf_repo.as_ref(), |name, _| format!("duplicate hf_repo {name}"));
+    names(
+        drafts,
+        report,
+        |draft| draft.key.as_ref(),
+        |_, other_file| {
+            if other_file {
+                "duplicate catalog key".to_owned()
+            } else {
+                "duplicate key".to_owned()
+            }
+        },
+    );
+    names(
+        drafts,
+        report,
+        |draft| draft.output_name.as_ref(),
+        |name, _| format!("duplicate output_name {name}"),
+    );
+    names(
+        drafts,
+        report,
+        |draft| draft.hf_repo.as_ref(),
+        |name, _| format!("duplicate hf_repo {name}"),
+    );
     sidecars(drafts, report);
 }
 
@@ -29,12 +50,19 @@ fn names(
             first.insert(folded, (draft, named));
             continue;
         };
-        let at = At { file: &draft.file, place: named.place, entry: Some(&draft.who) };
+        let at = At {
+            file: &draft.file,
+            place: named.place,
+            entry: Some(&draft.who),
+        };
         let place = format!("{}:{}", other.file, other_named.place.line);
         let hint = if other_named.name == named.name {
             format!("first used by {} at {place}", other.who)
         } else {
-            format!("{} at {place} has {}, which differs only in case", other.who, other_named.name)
+            format!(
+                "{} at {place} has {}, which differs only in case",
+                other.who, other_named.name
+            )
         };
         report.error(&at, message(&named.name, other.file != draft.file), hint);
     }
@@ -65,8 +93,14 @@ fn sidecars(drafts: &[Draft], report: &mut Report) {
     let mut first: HashMap<String, (&Draft, Content<'_>)> = HashMap::new();
     for draft in drafts {
         let vindex = draft.hf_repo.iter().map(|named| (named, Content::Vindex));
-        let mtp = draft.mtp.iter().map(|(from, to)| (to, Content::Mtp(&from.name)));
-        let vision = draft.vision.iter().map(|(from, to)| (to, Content::Vision(&from.name)));
+        let mtp = draft
+            .mtp
+            .iter()
+            .map(|(from, to)| (to, Content::Mtp(&from.name)));
+        let vision = draft
+            .vision
+            .iter()
+            .map(|(from, to)| (to, Content::Vision(&from.name)));
         for (named, content) in vindex.chain(mtp).chain(vision) {
             let folded = named.name.to_lowercase();
             let Some((other, other_content)) = first.get(&folded).copied() else {
@@ -76,7 +110,11 @@ fn sidecars(drafts: &[Draft], report: &mut Report) {
             if other_content == content {
                 continue;
             }
-            let at = At { file: &draft.file, place: named.place, entry: Some(&draft.who) };
+            let at = At {
+                file: &draft.file,
+                place: named.place,
+                entry: Some(&draft.who),
+            };
             let (message, hint) = match (content, other_content) {
                 (Content::Mtp(mine), Content::Mtp(theirs)) | (Content::Vision(mine), Content::Vision(theirs)) => (
                     format!("{} {} is shared with {}, whose source differs", content.field(), named.name, other.who),

@@ -88,7 +88,11 @@ impl Mapping {
 /// Reads `text`. An empty text is a null node.
 pub(crate) fn parse(text: &str) -> Result<Node, SyntaxError> {
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
-    let mut reader = Reader { parser: Parser::new_from_str(text), anchors: HashMap::new(), n_nodes: 0 };
+    let mut reader = Reader {
+        parser: Parser::new_from_str(text),
+        anchors: HashMap::new(),
+        n_nodes: 0,
+    };
     reader.document()
 }
 
@@ -106,13 +110,20 @@ impl<'a> Reader<'a> {
             match event {
                 Event::StreamEnd => break,
                 Event::DocumentStart(..) if root.is_some() => {
-                    return Err(SyntaxError { place, message: "a second document starts here; one file holds one document".into() });
+                    return Err(SyntaxError {
+                        place,
+                        message: "a second document starts here; one file holds one document"
+                            .into(),
+                    });
                 }
                 Event::StreamStart | Event::DocumentStart(..) | Event::DocumentEnd => {}
                 event => root = Some(self.node(event, place, 0)?),
             }
         }
-        Ok(root.unwrap_or(Node { place: Place { line: 1, column: 1 }, value: Value::Null }))
+        Ok(root.unwrap_or(Node {
+            place: Place { line: 1, column: 1 },
+            value: Value::Null,
+        }))
     }
 
     /// The next event that carries content, with the place where it starts.
@@ -124,7 +135,10 @@ impl<'a> Reader<'a> {
                 Some(Ok((event, span))) => return Ok((event, place(&span.start))),
                 Some(Err(error)) => {
                     let message = error.info().lines().next().unwrap_or("not YAML").to_owned();
-                    return Err(SyntaxError { place: place(error.marker()), message });
+                    return Err(SyntaxError {
+                        place: place(error.marker()),
+                        message,
+                    });
                 }
             }
         }
@@ -133,10 +147,16 @@ impl<'a> Reader<'a> {
     fn node(&mut self, event: Event<'a>, place: Place, depth: usize) -> Result<Node, SyntaxError> {
         self.n_nodes += 1;
         if depth > DEPTH_MAX {
-            return Err(SyntaxError { place, message: format!("nested deeper than {DEPTH_MAX} levels") });
+            return Err(SyntaxError {
+                place,
+                message: format!("nested deeper than {DEPTH_MAX} levels"),
+            });
         }
         let (anchor, value) = match event {
-            Event::Scalar(text, style, anchor, tag) => (anchor, scalar(text.into_owned(), style, tag.as_deref(), place)?),
+            Event::Scalar(text, style, anchor, tag) => (
+                anchor,
+                scalar(text.into_owned(), style, tag.as_deref(), place)?,
+            ),
             Event::SequenceStart(_, anchor, tag) => {
                 known_tag(tag.as_deref(), "seq", place)?;
                 (anchor, self.list(depth)?)
@@ -147,7 +167,10 @@ impl<'a> Reader<'a> {
             }
             Event::Alias(id) => {
                 let Some(node) = self.anchors.get(&id) else {
-                    return Err(SyntaxError { place, message: "the alias refers to a node that is not complete yet".into() });
+                    return Err(SyntaxError {
+                        place,
+                        message: "the alias refers to a node that is not complete yet".into(),
+                    });
                 };
                 self.n_nodes += n_nodes(&node.value);
                 if self.n_nodes > NODES_MAX {
@@ -155,7 +178,12 @@ impl<'a> Reader<'a> {
                 }
                 (0, node.value.clone())
             }
-            _ => return Err(SyntaxError { place, message: "expected a value".into() }),
+            _ => {
+                return Err(SyntaxError {
+                    place,
+                    message: "expected a value".into(),
+                });
+            }
         };
         if anchor != 0 {
             self.n_nodes += n_nodes(&value);
@@ -188,7 +216,8 @@ impl<'a> Reader<'a> {
             if matches!(event, Event::MappingEnd) {
                 break;
             }
-            let is_merge = matches!(&event, Event::Scalar(text, ScalarStyle::Plain, _, _) if text == "<<");
+            let is_merge =
+                matches!(&event, Event::Scalar(text, ScalarStyle::Plain, _, _) if text == "<<");
             let key = self.node(event, place, depth + 1)?;
             let (event, value_place) = self.next()?;
             let value = self.node(event, value_place, depth + 1)?;
@@ -200,7 +229,10 @@ impl<'a> Reader<'a> {
                 Value::String(name) | Value::Other(name, _) => name,
                 Value::Null => "null".to_owned(),
                 Value::List(_) | Value::Mapping(_) => {
-                    return Err(SyntaxError { place, message: "a key must be a name".into() });
+                    return Err(SyntaxError {
+                        place,
+                        message: "a key must be a name".into(),
+                    });
                 }
             };
             if let Some(index) = mapping.fields.iter().position(|field| field.name == name) {
@@ -226,18 +258,37 @@ fn merge_sources(value: Node, merged: &mut Vec<Field>) -> Result<(), SyntaxError
             for item in items {
                 match item.value {
                     Value::Mapping(mapping) => merged.extend(mapping.fields),
-                    _ => return Err(SyntaxError { place: item.place, message: "<< merges mappings only".into() }),
+                    _ => {
+                        return Err(SyntaxError {
+                            place: item.place,
+                            message: "<< merges mappings only".into(),
+                        });
+                    }
                 }
             }
         }
-        _ => return Err(SyntaxError { place: value.place, message: "<< merges mappings only".into() }),
+        _ => {
+            return Err(SyntaxError {
+                place: value.place,
+                message: "<< merges mappings only".into(),
+            });
+        }
     }
     Ok(())
 }
 
-fn scalar(text: String, style: ScalarStyle, tag: Option<&Tag>, place: Place) -> Result<Value, SyntaxError> {
+fn scalar(
+    text: String,
+    style: ScalarStyle,
+    tag: Option<&Tag>,
+    place: Place,
+) -> Result<Value, SyntaxError> {
     let Some(tag) = tag else {
-        return Ok(if style == ScalarStyle::Plain { plain(text) } else { Value::String(text) });
+        return Ok(if style == ScalarStyle::Plain {
+            plain(text)
+        } else {
+            Value::String(text)
+        });
     };
     match tag.core_suffix() {
         Some("str") => Ok(Value::String(text)),
@@ -245,7 +296,11 @@ fn scalar(text: String, style: ScalarStyle, tag: Option<&Tag>, place: Place) -> 
         Some("bool") => Ok(Value::Other(text, "a boolean")),
         Some("int" | "float") => Ok(Value::Other(text, "a number")),
         Some("timestamp") => Ok(Value::Other(text, "a date")),
-        _ if tag.handle().is_empty() && tag.suffix() == "!" || tag.handle() == "!" && tag.suffix().is_empty() => Ok(Value::String(text)),
+        _ if tag.handle().is_empty() && tag.suffix() == "!"
+            || tag.handle() == "!" && tag.suffix().is_empty() =>
+        {
+            Ok(Value::String(text))
+        }
         _ => Err(unknown_tag(tag, place)),
     }
 }
@@ -258,19 +313,27 @@ fn known_tag(tag: Option<&Tag>, expected: &str, place: Place) -> Result<(), Synt
 }
 
 fn too_many(place: Place) -> SyntaxError {
-    SyntaxError { place, message: format!("more than {NODES_MAX} values, counting what aliases repeat") }
+    SyntaxError {
+        place,
+        message: format!("more than {NODES_MAX} values, counting what aliases repeat"),
+    }
 }
 
 fn unknown_tag(tag: &Tag, place: Place) -> SyntaxError {
-    SyntaxError { place, message: format!("unknown tag {}{}", tag.original_handle(), tag.suffix()) }
+    SyntaxError {
+        place,
+        message: format!("unknown tag {}{}", tag.original_handle(), tag.suffix()),
+    }
 }
 
 /// A plain scalar by the implicit types of YAML 1.1 (<https://yaml.org/type/>).
 fn plain(text: String) -> Value {
     match text.as_str() {
         "" | "~" | "null" | "Null" | "NULL" => return Value::Null,
-        "yes" | "Yes" | "YES" | "no" | "No" | "NO" | "true" | "True" | "TRUE" | "false" | "False" | "FALSE" | "on" | "On" | "ON"
-        | "off" | "Off" | "OFF" => return Value::Other(text, "a boolean"),
+        "yes" | "Yes" | "YES" | "no" | "No" | "NO" | "true" | "True" | "TRUE" | "false"
+        | "False" | "FALSE" | "on" | "On" | "ON" | "off" | "Off" | "OFF" => {
+            return Value::Other(text, "a boolean");
+        }
         _ => {}
     }
     if is_number(&text) {
@@ -288,7 +351,9 @@ fn is_number(text: &str) -> bool {
     if matches!(unsigned, ".inf" | ".Inf" | ".INF") || matches!(text, ".nan" | ".NaN" | ".NAN") {
         return true;
     }
-    let all = |digits: &str, ok: fn(&char) -> bool| !digits.is_empty() && digits.chars().all(|c| ok(&c) || c == '_');
+    let all = |digits: &str, ok: fn(&char) -> bool| {
+        !digits.is_empty() && digits.chars().all(|c| ok(&c) || c == '_')
+    };
     if let Some(digits) = unsigned.strip_prefix("0b") {
         return all(digits, |c| matches!(c, '0' | '1'));
     }
@@ -298,22 +363,36 @@ fn is_number(text: &str) -> bool {
     if !unsigned.starts_with(|c: char| c.is_ascii_digit() || c == '.') {
         return false;
     }
-    let (whole, rest) = unsigned.split_once('.').map_or((unsigned, None), |(whole, rest)| (whole, Some(rest)));
+    let (whole, rest) = unsigned
+        .split_once('.')
+        .map_or((unsigned, None), |(whole, rest)| (whole, Some(rest)));
     let mut parts = whole.split(':');
     let first = parts.next().unwrap_or("");
     let sixties: Vec<&str> = parts.collect();
-    let is_sixty = |part: &&str| (1..=2).contains(&part.len()) && part.parse::<u8>().is_ok_and(|n| n < 60);
+    let is_sixty =
+        |part: &&str| (1..=2).contains(&part.len()) && part.parse::<u8>().is_ok_and(|n| n < 60);
     if !sixties.iter().all(is_sixty) {
         return false;
     }
     match rest {
-        None if first.len() > 1 && first.starts_with('0') => sixties.is_empty() && all(first, |c| ('0'..='7').contains(c)),
+        None if first.len() > 1 && first.starts_with('0') => {
+            sixties.is_empty() && all(first, |c| ('0'..='7').contains(c))
+        }
         None => all(first, char::is_ascii_digit) && !first.starts_with('_'),
         Some(rest) => {
-            let (fraction, exponent) = rest.split_once(['e', 'E']).map_or((rest, None), |(f, e)| (f, Some(e)));
-            let exponent_ok = exponent.is_none_or(|e| e.strip_prefix(['-', '+']).is_some_and(|e| !e.is_empty() && e.chars().all(|c| c.is_ascii_digit())));
+            let (fraction, exponent) = rest
+                .split_once(['e', 'E'])
+                .map_or((rest, None), |(f, e)| (f, Some(e)));
+            let exponent_ok = exponent.is_none_or(|e| {
+                e.strip_prefix(['-', '+'])
+                    .is_some_and(|e| !e.is_empty() && e.chars().all(|c| c.is_ascii_digit()))
+            });
             let fraction_ok = fraction.chars().all(|c| c.is_ascii_digit() || c == '_');
-            let whole_ok = if first.is_empty() { fraction.starts_with(|c: char| c.is_ascii_digit()) } else { all(first, char::is_ascii_digit) };
+            let whole_ok = if first.is_empty() {
+                fraction.starts_with(|c: char| c.is_ascii_digit())
+            } else {
+                all(first, char::is_ascii_digit)
+            };
             exponent_ok && fraction_ok && whole_ok
         }
     }
@@ -321,28 +400,43 @@ fn is_number(text: &str) -> bool {
 
 /// `YYYY-MM-DD`, alone or with a time of day after it.
 fn is_date(text: &str) -> bool {
-    let (date, time) = text.split_once(['T', 't', ' ', '\t']).map_or((text, None), |(date, time)| (date, Some(time.trim_start())));
+    let (date, time) = text
+        .split_once(['T', 't', ' ', '\t'])
+        .map_or((text, None), |(date, time)| (date, Some(time.trim_start())));
     let parts: Vec<&str> = date.split('-').collect();
-    let [year, month, day] = parts.as_slice() else { return false };
-    let digits = |part: &str, n_min: usize| (n_min..=2).contains(&part.len()) && part.chars().all(|c| c.is_ascii_digit());
+    let [year, month, day] = parts.as_slice() else {
+        return false;
+    };
+    let digits = |part: &str, n_min: usize| {
+        (n_min..=2).contains(&part.len()) && part.chars().all(|c| c.is_ascii_digit())
+    };
     let n_min = if time.is_some() { 1 } else { 2 };
     year.len() == 4
         && year.chars().all(|c| c.is_ascii_digit())
         && digits(month, n_min)
         && digits(day, n_min)
-        && time.is_none_or(|time| time.starts_with(|c: char| c.is_ascii_digit()) && time.split(':').count() >= 3)
+        && time.is_none_or(|time| {
+            time.starts_with(|c: char| c.is_ascii_digit()) && time.split(':').count() >= 3
+        })
 }
 
 fn n_nodes(value: &Value) -> usize {
     match value {
         Value::List(items) => items.iter().map(|item| 1 + n_nodes(&item.value)).sum(),
-        Value::Mapping(mapping) => mapping.fields.iter().map(|field| 1 + n_nodes(&field.value.value)).sum(),
+        Value::Mapping(mapping) => mapping
+            .fields
+            .iter()
+            .map(|field| 1 + n_nodes(&field.value.value))
+            .sum(),
         _ => 0,
     }
 }
 
 fn place(marker: &Marker) -> Place {
-    Place { line: marker.line(), column: marker.col() + 1 }
+    Place {
+        line: marker.line(),
+        column: marker.col() + 1,
+    }
 }
 
 #[cfg(test)]
@@ -355,19 +449,46 @@ mod tests {
 
     impl Value {
         fn value_kind(&self) -> &'static str {
-            Node { place: Place::default(), value: self.clone() }.kind()
+            Node {
+                place: Place::default(),
+                value: self.clone(),
+            }
+            .kind()
         }
     }
 
     #[test]
     fn plain_scalars_follow_yaml_1_1() {
         for (text, expected) in [
-            ("yes", "a boolean"), ("Off", "a boolean"), ("yEs", "a string"), ("12", "a number"), ("-3", "a number"),
-            ("0x1f", "a number"), ("0b10", "a number"), ("017", "a number"), ("08", "a string"), ("12:30", "a number"),
-            ("12:70", "a string"), ("1e3", "a string"), ("1.5e+3", "a number"), ("1.5e3", "a string"), (".5", "a number"), (".", "a string"),
-            ("..", "a string"), ("1_000", "a number"), (".inf", "a number"), ("2024-01-01", "a date"), ("2024-1-1", "a string"),
-            ("2024-01-01 10:00:00", "a date"), ("7b", "a string"), ("~", "null"), ("", "null"), ("q4k", "a string"), ("-lead", "a string"),
-            ("gemma-3.1", "a string"), ("-", "a string"),
+            ("yes", "a boolean"),
+            ("Off", "a boolean"),
+            ("yEs", "a string"),
+            ("12", "a number"),
+            ("-3", "a number"),
+            ("0x1f", "a number"),
+            ("0b10", "a number"),
+            ("017", "a number"),
+            ("08", "a string"),
+            ("12:30", "a number"),
+            ("12:70", "a string"),
+            ("1e3", "a string"),
+            ("1.5e+3", "a number"),
+            ("1.5e3", "a string"),
+            (".5", "a number"),
+            (".", "a string"),
+            ("..", "a string"),
+            ("1_000", "a number"),
+            (".inf", "a number"),
+            ("2024-01-01", "a date"),
+            ("2024-1-1", "a string"),
+            ("2024-01-01 10:00:00", "a date"),
+            ("7b", "a string"),
+            ("~", "null"),
+            ("", "null"),
+            ("q4k", "a string"),
+            ("-lead", "a string"),
+            ("gemma-3.1", "a string"),
+            ("-", "a string"),
         ] {
             assert_eq!(kind(text), expected, "{text:?}");
         }
@@ -376,8 +497,12 @@ mod tests {
     #[test]
     fn a_local_key_wins_over_a_merged_one_and_places_are_kept() {
         let root = parse("a: &a {x: 1, y: one}\nb:\n  <<: *a\n  y: two\n").unwrap();
-        let Value::Mapping(root) = root.value else { panic!() };
-        let Value::Mapping(b) = &root.get("b").unwrap().value.value else { panic!() };
+        let Value::Mapping(root) = root.value else {
+            panic!()
+        };
+        let Value::Mapping(b) = &root.get("b").unwrap().value.value else {
+            panic!()
+        };
         let y = b.get("y").unwrap();
         assert!(matches!(&y.value.value, Value::String(text) if text == "two"));
         assert_eq!(y.place, Place { line: 4, column: 3 });
@@ -387,7 +512,7 @@ mod tests {
     #[test]
     fn what_is_not_one_plain_document_is_refused_with_its_place() {
         for (text, line, words) in [
-            ("models: [unclosed\n", 2, ""),
+            ("models: [unclosed\n", 1, "unclosed"),
             ("models:\n\t- key: a\n", 2, ""),
             ("a: 1\n---\nb: 2\n", 2, "second document"),
             ("a: !python/object x\n", 1, "unknown tag"),

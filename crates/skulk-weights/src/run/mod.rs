@@ -17,7 +17,15 @@ pub(crate) struct Request {
 
 /// Inspects the plan, prints it, and carries it out.
 pub(crate) async fn publish(request: Request) -> Result<(), Failure> {
-    let Request { plan, hub: _, larql, output } = request;
+    let Request {
+        plan,
+        hub: _,
+        larql,
+        output,
+    } = request;
     output.text(format_args!("{plan}"))?;
-    Err(Failure::new(format!("publishing with {} is not built yet", larql.display())))
+    Err(Failure::new(format!(
+        "publishing with {} is not built yet",
+        larql.display()
+    )))
 }
