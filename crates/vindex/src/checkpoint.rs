@@ -139,10 +139,14 @@ impl Checkpoint {
         if files.size_bytes(SINGLE_FILE).is_none() {
             return Err(Error::MissingFile {
                 file: SINGLE_FILE.to_owned(),
-                wanted_by: format!("a safetensors checkpoint ({SINGLE_FILE}, or {INDEX_FILE} with its shards)"),
+                wanted_by: format!(
+                    "a safetensors checkpoint ({SINGLE_FILE}, or {INDEX_FILE} with its shards)"
+                ),
             });
         }
-        Ok(Checkpoint { tensors: header(files, SINGLE_FILE)?.into_iter().collect() })
+        Ok(Checkpoint {
+            tensors: header(files, SINGLE_FILE)?.into_iter().collect(),
+        })
     }
 
     /// One tensor by its name in the checkpoint.
@@ -152,7 +156,9 @@ impl Checkpoint {
 
     /// All tensors in order of their names.
     pub fn tensors(&self) -> impl Iterator<Item = (&str, &SourceTensor)> {
-        self.tensors.iter().map(|(name, tensor)| (name.as_str(), tensor))
+        self.tensors
+            .iter()
+            .map(|(name, tensor)| (name.as_str(), tensor))
     }
 }
 
@@ -167,11 +173,17 @@ fn sharded(files: &Files<'_>) -> Result<Checkpoint, Error> {
     let mut tensors: BTreeMap<String, SourceTensor> = BTreeMap::new();
     for shard in shards {
         if files.size_bytes(shard).is_none() {
-            return Err(Error::MissingFile { file: shard.to_owned(), wanted_by: INDEX_FILE.to_owned() });
+            return Err(Error::MissingFile {
+                file: shard.to_owned(),
+                wanted_by: INDEX_FILE.to_owned(),
+            });
         }
         for (name, tensor) in header(files, shard)? {
             if let Some(other) = tensors.get(&name) {
-                return Err(bad(shard, format!("tensor {name} is also in {}", other.file)));
+                return Err(bad(
+                    shard,
+                    format!("tensor {name} is also in {}", other.file),
+                ));
             }
             tensors.insert(name, tensor);
         }
@@ -180,9 +192,20 @@ fn sharded(files: &Files<'_>) -> Result<Checkpoint, Error> {
         match tensors.get(name) {
             Some(tensor) if tensor.file == *shard => {}
             Some(tensor) => {
-                return Err(bad(shard, format!("tensor {name} should be here by {INDEX_FILE}, but is in {}", tensor.file)));
+                return Err(bad(
+                    shard,
+                    format!(
+                        "tensor {name} should be here by {INDEX_FILE}, but is in {}",
+                        tensor.file
+                    ),
+                ));
             }
-            None => return Err(bad(shard, format!("tensor {name} should be here by {INDEX_FILE}, but is not"))),
+            None => {
+                return Err(bad(
+                    shard,
+                    format!("tensor {name} should be here by {INDEX_FILE}, but is not"),
+                ));
+            }
         }
     }
     Ok(Checkpoint { tensors })
@@ -191,10 +214,16 @@ fn sharded(files: &Files<'_>) -> Result<Checkpoint, Error> {
 /// Reads and proves one file's header.
 fn header(files: &Files<'_>, file: &str) -> Result<Vec<(String, SourceTensor)>, Error> {
     let Some(file_bytes) = files.size_bytes(file) else {
-        return Err(Error::MissingFile { file: file.to_owned(), wanted_by: "the checkpoint".to_owned() });
+        return Err(Error::MissingFile {
+            file: file.to_owned(),
+            wanted_by: "the checkpoint".to_owned(),
+        });
     };
     if file_bytes < 8 {
-        return Err(bad(file, format!("{file_bytes} bytes are too few for a safetensors file")));
+        return Err(bad(
+            file,
+            format!("{file_bytes} bytes are too few for a safetensors file"),
+        ));
     }
     let mut length = [0; 8];
     files.read_at(file, 0, &mut length)?;
@@ -202,7 +231,9 @@ fn header(files: &Files<'_>, file: &str) -> Result<Vec<(String, SourceTensor)>, 
     if header_bytes > HEADER_BYTES_MAX || header_bytes > file_bytes - 8 {
         return Err(bad(
             file,
-            format!("its header claims {header_bytes} bytes; the file has {file_bytes}, the limit is {HEADER_BYTES_MAX}"),
+            format!(
+                "its header claims {header_bytes} bytes; the file has {file_bytes}, the limit is {HEADER_BYTES_MAX}"
+            ),
         ));
     }
     let mut json = vec![0; header_bytes as usize];
@@ -211,24 +242,51 @@ fn header(files: &Files<'_>, file: &str) -> Result<Vec<(String, SourceTensor)>, 
 }
 
 /// Proves that the entries of a header tile the bytes from `data_start` to `data_end` of `file`.
-fn parse(file: &str, json: &[u8], data_start: u64, data_end: u64) -> Result<Vec<(String, SourceTensor)>, Error> {
-    let Entries(entries) =
-        serde_json::from_slice(json).map_err(|e| bad(file, format!("its header is not what safetensors writes: {e}")))?;
+fn parse(
+    file: &str,
+    json: &[u8],
+    data_start: u64,
+    data_end: u64,
+) -> Result<Vec<(String, SourceTensor)>, Error> {
+    let Entries(entries) = serde_json::from_slice(json).map_err(|e| {
+        bad(
+            file,
+            format!("its header is not what safetensors writes: {e}"),
+        )
+    })?;
     let mut tensors = Vec::with_capacity(entries.len());
     for (name, entry) in entries {
         if name.is_empty() || name.len() > NAME_BYTES_MAX || name.chars().any(char::is_control) {
-            return Err(bad(file, format!("a tensor's name of {} bytes is empty, too long or not text", name.len())));
+            return Err(bad(
+                file,
+                format!(
+                    "a tensor's name of {} bytes is empty, too long or not text",
+                    name.len()
+                ),
+            ));
         }
         let reject = |reason: String| Err(bad(file, format!("tensor {name}: {reason}")));
         let Some(dtype) = Dtype::from_name(&entry.dtype) else {
-            return reject(format!("unknown type {:?}", entry.dtype.chars().take(32).collect::<String>()));
+            return reject(format!(
+                "unknown type {:?}",
+                entry.dtype.chars().take(32).collect::<String>()
+            ));
         };
         if entry.shape.len() > RANK_MAX {
-            return reject(format!("{} dimensions; {RANK_MAX} is the limit", entry.shape.len()));
+            return reject(format!(
+                "{} dimensions; {RANK_MAX} is the limit",
+                entry.shape.len()
+            ));
         }
-        let bits = entry.shape.iter().try_fold(dtype.bits(), |n, &d| n.checked_mul(d));
+        let bits = entry
+            .shape
+            .iter()
+            .try_fold(dtype.bits(), |n, &d| n.checked_mul(d));
         let Some(size_bytes) = bits.filter(|b| b.is_multiple_of(8)).map(|b| b / 8) else {
-            return reject(format!("shape {:?} of {dtype} is no whole number of bytes or too large", entry.shape));
+            return reject(format!(
+                "shape {:?} of {dtype} is no whole number of bytes or too large",
+                entry.shape
+            ));
         };
         let (start, end) = entry.data_offsets;
         if end.checked_sub(start) != Some(size_bytes) {
@@ -244,23 +302,42 @@ fn parse(file: &str, json: &[u8], data_start: u64, data_end: u64) -> Result<Vec<
             ));
         }
         let offset_bytes = data_start + start;
-        tensors.push((name, SourceTensor { file: file.to_owned(), dtype, shape: entry.shape, offset_bytes, size_bytes }));
+        tensors.push((
+            name,
+            SourceTensor {
+                file: file.to_owned(),
+                dtype,
+                shape: entry.shape,
+                offset_bytes,
+                size_bytes,
+            },
+        ));
     }
     let mut in_order: Vec<&(String, SourceTensor)> = tensors.iter().collect();
     in_order.sort_by_key(|(_, t)| (t.offset_bytes, t.size_bytes));
     let mut at = data_start;
     for (name, tensor) in in_order {
         if tensor.offset_bytes != at {
-            let what = if tensor.offset_bytes < at { "overlaps the tensor before it" } else { "leaves a gap before it" };
+            let what = if tensor.offset_bytes < at {
+                "overlaps the tensor before it"
+            } else {
+                "leaves a gap before it"
+            };
             return Err(bad(
                 file,
-                format!("tensor {name} {what}: it starts at byte {}, expected {at}", tensor.offset_bytes),
+                format!(
+                    "tensor {name} {what}: it starts at byte {}, expected {at}",
+                    tensor.offset_bytes
+                ),
             ));
         }
         at += tensor.size_bytes;
     }
     if at != data_end {
-        return Err(bad(file, format!("its tensors end at byte {at}, the file at byte {data_end}")));
+        return Err(bad(
+            file,
+            format!("its tensors end at byte {at}, the file at byte {data_end}"),
+        ));
     }
     Ok(tensors)
 }
@@ -307,5 +384,8 @@ impl<'de> Deserialize<'de> for Entries {
 }
 
 fn bad(file: &str, reason: String) -> Error {
-    Error::Checkpoint { file: file.to_owned(), reason }
+    Error::Checkpoint {
+        file: file.to_owned(),
+        reason,
+    }
 }

@@ -32,8 +32,17 @@ impl ConfigJson {
 
     /// The row of the table that is for this model.
     pub(crate) fn family(&self) -> Result<&'static Family, Error> {
-        let class = self.root.get("architectures").and_then(|a| a.get(0)).and_then(Value::as_str);
-        let class = class.ok_or_else(|| invalid("architectures", "the name of the model's class is expected there"))?;
+        let class = self
+            .root
+            .get("architectures")
+            .and_then(|a| a.get(0))
+            .and_then(Value::as_str);
+        let class = class.ok_or_else(|| {
+            invalid(
+                "architectures",
+                "the name of the model's class is expected there",
+            )
+        })?;
         Family::of_class(class).ok_or_else(|| Error::UnknownArchitecture {
             architecture: class.chars().take(80).collect(),
             known: Family::classes(),
@@ -72,13 +81,27 @@ impl ConfigJson {
     /// The value of a key; null is as good as absent.
     fn get(&self, key: &str) -> Option<&Value> {
         let here = |level: &'_ Map<String, Value>| level.get(key).is_some_and(|v| !v.is_null());
-        self.text().filter(|t| here(t)).or(Some(&self.root)).and_then(|l| l.get(key)).filter(|v| !v.is_null())
+        self.text()
+            .filter(|t| here(t))
+            .or(Some(&self.root))
+            .and_then(|l| l.get(key))
+            .filter(|v| !v.is_null())
     }
 
     fn u32(&self, key: &str) -> Result<Option<u32>, Error> {
-        let Some(value) = self.get(key) else { return Ok(None) };
+        let Some(value) = self.get(key) else {
+            return Ok(None);
+        };
         let n = value.as_u64().and_then(|n| u32::try_from(n).ok());
-        n.map(Some).ok_or_else(|| invalid(key, format!("a whole number below 2^32 is expected, not {}", short(value))))
+        n.map(Some).ok_or_else(|| {
+            invalid(
+                key,
+                format!(
+                    "a whole number below 2^32 is expected, not {}",
+                    short(value)
+                ),
+            )
+        })
     }
 
     fn f64(&self, key: &str) -> Result<Option<f64>, Error> {
@@ -86,8 +109,15 @@ impl ConfigJson {
     }
 
     fn bool(&self, key: &str) -> Result<Option<bool>, Error> {
-        let Some(value) = self.get(key) else { return Ok(None) };
-        value.as_bool().map(Some).ok_or_else(|| invalid(key, format!("true or false is expected, not {}", short(value))))
+        let Some(value) = self.get(key) else {
+            return Ok(None);
+        };
+        value.as_bool().map(Some).ok_or_else(|| {
+            invalid(
+                key,
+                format!("true or false is expected, not {}", short(value)),
+            )
+        })
     }
 
     fn count(&self, key: &str, default: Option<u32>, max: u32) -> Result<u32, Error> {
@@ -98,7 +128,7 @@ impl ConfigJson {
         }
     }
 
-    /// The numbers of a model of `family`. Token ids come from `generation_config.json` where it has them.
+    /// The numbers of a model of `family`. Tokens that end a text are those of `generation_config.json` and ours.
     ///
     /// # Errors
     /// [`Error::Config`] for a number that is missing or cannot be, [`Error::Unsupported`] for a setting that
@@ -112,8 +142,16 @@ impl ConfigJson {
         let rope = self.rope(family, attention.key_length)?;
         let ffn = self.count("intermediate_size", None, 1 << 28)?;
         let vocab = self.count("vocab_size", d.vocab, 1 << 24)?;
-        let generation: Option<Map<String, Value>> = files.json_if_any("generation_config.json", JSON_BYTES_MAX)?;
-        let eos = generation.as_ref().and_then(|g| g.get("eos_token_id")).filter(|v| !v.is_null());
+        let generation: Option<Map<String, Value>> =
+            files.json_if_any("generation_config.json", JSON_BYTES_MAX)?;
+        let mut eos = token_ids(generation.as_ref().and_then(|g| g.get("eos_token_id")));
+        eos.extend(
+            token_ids(self.get("eos_token_id"))
+                .into_iter()
+                .filter(|id| !eos.contains(id))
+                .collect::<Vec<_>>(),
+        );
+        eos.retain(|&id| id < vocab);
         Ok(Config {
             architecture: family.architecture.to_owned(),
             n_layers,
@@ -125,33 +163,52 @@ impl ConfigJson {
             post_norms: family.post_norms,
             activation: family.activation,
             ffn_bias: family.bias == Bias::Configured && self.bool("mlp_bias")?.unwrap_or(false),
-            embedding_scale: if family.scales_embeddings { (hidden as f32).sqrt() } else { 1.0 },
+            embedding_scale: if family.scales_embeddings {
+                (hidden as f32).sqrt()
+            } else {
+                1.0
+            },
             tied_embeddings: self.bool("tie_word_embeddings")?.unwrap_or(d.tied),
             logit_softcap: self.softcap("final_logit_softcapping", d.logit_softcap)?,
             attention,
             rope,
             experts: self.experts(family)?,
             bos: self.token_id("bos_token_id").filter(|&id| id < vocab),
-            eos: token_ids(eos.or_else(|| self.get("eos_token_id"))).into_iter().filter(|&id| id < vocab).collect(),
+            eos,
         })
     }
 
     fn attention(&self, family: &Family, hidden: u32, n_layers: u32) -> Result<Attention, Error> {
         let d = &family.defaults;
         let n_heads = self.count("num_attention_heads", d.n_heads, 1 << 16)?;
-        let n_kv_heads = self.count("num_key_value_heads", Some(d.n_kv_heads.unwrap_or(n_heads)), 1 << 16)?;
+        let n_kv_heads = self.count(
+            "num_key_value_heads",
+            Some(d.n_kv_heads.unwrap_or(n_heads)),
+            1 << 16,
+        )?;
         if !n_heads.is_multiple_of(n_kv_heads) {
-            return Err(invalid("num_key_value_heads", format!("{n_kv_heads} does not divide the {n_heads} query heads")));
+            return Err(invalid(
+                "num_key_value_heads",
+                format!("{n_kv_heads} does not divide the {n_heads} query heads"),
+            ));
         }
-        let key_length = self.count("head_dim", Some(d.head_dim.unwrap_or(hidden / n_heads)), HEAD_DIM_MAX)?;
+        let key_length = self.count(
+            "head_dim",
+            Some(d.head_dim.unwrap_or(hidden / n_heads)),
+            HEAD_DIM_MAX,
+        )?;
         if !key_length.is_multiple_of(2) {
-            return Err(invalid("head_dim", format!("{key_length} is odd; rope needs pairs")));
+            return Err(invalid(
+                "head_dim",
+                format!("{key_length} is odd; rope needs pairs"),
+            ));
         }
         let scalar = match d.query_pre_attn_scalar {
             Some(default) => self.f64("query_pre_attn_scalar")?.unwrap_or(default),
             None => f64::from(key_length),
         };
-        let biased = self.bool("attention_bias")?.unwrap_or(false) && family.bias == Bias::Configured;
+        let biased =
+            self.bool("attention_bias")?.unwrap_or(false) && family.bias == Bias::Configured;
         Ok(Attention {
             n_heads,
             n_kv_heads,
@@ -175,14 +232,28 @@ impl ConfigJson {
         Ok(self.f64(key)?.or(default).map(|cap| cap as f32))
     }
 
-    fn sliding_window(&self, family: &Family, n_layers: u32) -> Result<Option<SlidingWindow>, Error> {
+    fn sliding_window(
+        &self,
+        family: &Family,
+        n_layers: u32,
+    ) -> Result<Option<SlidingWindow>, Error> {
         let upper = family.window == Window::Upper;
-        if family.window == Window::None || (upper && !self.bool("use_sliding_window")?.unwrap_or(false)) {
+        if family.window == Window::None
+            || (upper && !self.bool("use_sliding_window")?.unwrap_or(false))
+        {
             return Ok(None);
         }
-        let Some(n_tokens) = self.u32("sliding_window")?.or(family.defaults.sliding_window) else { return Ok(None) };
+        let Some(n_tokens) = self
+            .u32("sliding_window")?
+            .or(family.defaults.sliding_window)
+        else {
+            return Ok(None);
+        };
         if n_tokens == 0 {
-            return Err(invalid("sliding_window", "a window of 0 tokens sees nothing"));
+            return Err(invalid(
+                "sliding_window",
+                "a window of 0 tokens sees nothing",
+            ));
         }
         let layers: Vec<bool> = match self.get("layer_types") {
             Some(types) => layer_types(types, n_layers)?,
@@ -192,17 +263,25 @@ impl ConfigJson {
                     _ => 0,
                 };
                 let each = match family.window {
-                    Window::AllButEach(each) => Some(self.count("sliding_window_pattern", Some(each), u32::MAX)?),
+                    Window::AllButEach(each) => {
+                        Some(self.count("sliding_window_pattern", Some(each), u32::MAX)?)
+                    }
                     _ => None,
                 };
-                (0..n_layers).map(|l| l >= first && each.is_none_or(|each| !(l + 1).is_multiple_of(each))).collect()
+                (0..n_layers)
+                    .map(|l| l >= first && each.is_none_or(|each| !(l + 1).is_multiple_of(each)))
+                    .collect()
             }
         };
-        Ok(layers.contains(&true).then_some(SlidingWindow { n_tokens, layers }))
+        Ok(layers
+            .contains(&true)
+            .then_some(SlidingWindow { n_tokens, layers }))
     }
 
     fn experts(&self, family: &Family) -> Result<Option<Experts>, Error> {
-        let Some(keys) = family.experts else { return Ok(None) };
+        let Some(keys) = family.experts else {
+            return Ok(None);
+        };
         let n = self.count(keys.n, None, EXPERTS_MAX)?;
         Ok(Some(Experts {
             n,
@@ -218,9 +297,13 @@ impl ConfigJson {
 
     /// `rope_parameters` (also the nested form by kind of layer), or `rope_scaling` with keys at the top level.
     fn rope_parameters(&self) -> (Option<&Value>, Option<&Value>) {
-        let all = self.get("rope_parameters").or_else(|| self.get("rope_scaling"));
+        let all = self
+            .get("rope_parameters")
+            .or_else(|| self.get("rope_scaling"));
         match all {
-            Some(Value::Object(o)) if o.contains_key("full_attention") || o.contains_key("sliding_attention") => {
+            Some(Value::Object(o))
+                if o.contains_key("full_attention") || o.contains_key("sliding_attention") =>
+            {
                 (o.get("full_attention"), o.get("sliding_attention"))
             }
             _ => (all, None),
@@ -229,10 +312,11 @@ impl ConfigJson {
 
     fn rope(&self, family: &Family, key_length: u32) -> Result<Rope, Error> {
         let (full, sliding) = self.rope_parameters();
-        let within = |parameters: Option<&Value>, key: &str| match parameters.and_then(|p| p.get(key)) {
-            Some(value) if !value.is_null() => positive(key, value).map(Some),
-            _ => Ok(None),
-        };
+        let within =
+            |parameters: Option<&Value>, key: &str| match parameters.and_then(|p| p.get(key)) {
+                Some(value) if !value.is_null() => positive(key, value).map(Some),
+                _ => Ok(None),
+            };
         let d = &family.defaults;
         let base = match within(full, "rope_theta")? {
             Some(base) => base,
@@ -243,7 +327,9 @@ impl ConfigJson {
             (Some(_), Some(base)) => Some(base),
             (Some(default), None) => Some(self.f64("rope_local_base_freq")?.unwrap_or(default)),
         };
-        let kind = full.and_then(|p| p.get("rope_type").or_else(|| p.get("type"))).and_then(Value::as_str);
+        let kind = full
+            .and_then(|p| p.get("rope_type").or_else(|| p.get("type")))
+            .and_then(Value::as_str);
         let factor = || {
             let value = full.and_then(|p| p.get("factor")).unwrap_or(&Value::Null);
             positive("rope_scaling.factor", value).map(|f| f as f32)
@@ -265,11 +351,18 @@ impl ConfigJson {
                     attention_factor: within(full, "attention_factor")?.map(|f| f as f32),
                 })
             }
-            other => return Err(Error::Unsupported { what: format!("rope scaling of kind {:?}", clip(other)) }),
+            other => {
+                return Err(Error::Unsupported {
+                    what: format!("rope scaling of kind {:?}", clip(other)),
+                });
+            }
         };
         if scaling == Some(RopeScaling::FrequencyFactors) && family.rope != RopeKind::Interleaved {
             return Err(Error::Unsupported {
-                what: format!("rope scaling \"llama3\" in the architecture {}", family.architecture),
+                what: format!(
+                    "rope scaling \"llama3\" in the architecture {}",
+                    family.architecture
+                ),
             });
         }
         Ok(Rope {
@@ -316,7 +409,10 @@ impl ConfigJson {
         });
         let factors: Vec<f32> = factors.collect();
         if factors.iter().any(|f| !f.is_finite()) {
-            return Err(invalid("rope_scaling", "its numbers give frequencies that are no numbers"));
+            return Err(invalid(
+                "rope_scaling",
+                "its numbers give frequencies that are no numbers",
+            ));
         }
         Ok(Some(factors))
     }
@@ -324,25 +420,49 @@ impl ConfigJson {
     fn refuse_what_cannot_be_followed(&self, family: &Family) -> Result<(), Error> {
         let refuse = |what: String| Err(Error::Unsupported { what });
         if let Some(quantised) = self.get("quantization_config") {
-            let method = quantised.get("quant_method").and_then(Value::as_str).unwrap_or("unknown");
-            return refuse(format!("its weights are quantised already (method {}); take the original", clip(method)));
+            let method = quantised
+                .get("quant_method")
+                .and_then(Value::as_str)
+                .unwrap_or("unknown");
+            return refuse(format!(
+                "its weights are quantised already (method {}); take the original",
+                clip(method)
+            ));
         }
         let activations: &[&str] = match family.activation {
             Activation::Silu => &["silu", "swish"],
             // Early files of Gemma say "gelu" and mean the tanh form.
             Activation::GeluTanh => &["gelu_pytorch_tanh", "gelu"],
         };
-        let activation = self.get("hidden_activation").or_else(|| self.get("hidden_act"));
-        if let Some(other) = activation.filter(|v| !v.as_str().is_some_and(|s| activations.contains(&s))) {
-            return refuse(format!("hidden_act {}; {} is expected", short(other), activations[0]));
+        let activation = self
+            .get("hidden_activation")
+            .or_else(|| self.get("hidden_act"));
+        if let Some(other) =
+            activation.filter(|v| !v.as_str().is_some_and(|s| activations.contains(&s)))
+        {
+            return refuse(format!(
+                "hidden_act {}; {} is expected",
+                short(other),
+                activations[0]
+            ));
         }
         if self.f64("partial_rotary_factor")?.is_some_and(|f| f != 1.0) {
             return refuse("partial_rotary_factor other than 1".to_owned());
         }
         if family.experts.is_some() {
-            let dense = self.get("mlp_only_layers").and_then(Value::as_array).is_some_and(|l| !l.is_empty());
-            if dense || self.u32("decoder_sparse_step")?.is_some_and(|step| step != 1) {
-                return refuse("dense layers among the routed ones (mlp_only_layers, decoder_sparse_step)".to_owned());
+            let dense = self
+                .get("mlp_only_layers")
+                .and_then(Value::as_array)
+                .is_some_and(|l| !l.is_empty());
+            if dense
+                || self
+                    .u32("decoder_sparse_step")?
+                    .is_some_and(|step| step != 1)
+            {
+                return refuse(
+                    "dense layers among the routed ones (mlp_only_layers, decoder_sparse_step)"
+                        .to_owned(),
+                );
             }
         }
         Ok(())
@@ -352,12 +472,17 @@ impl ConfigJson {
 fn layer_types(types: &Value, n_layers: u32) -> Result<Vec<bool>, Error> {
     let types = types.as_array().map(Vec::as_slice).unwrap_or_default();
     if types.len() != n_layers as usize {
-        return Err(invalid("layer_types", format!("{} entries for {n_layers} layers", types.len())));
+        return Err(invalid(
+            "layer_types",
+            format!("{} entries for {n_layers} layers", types.len()),
+        ));
     }
     let is_sliding = |value: &Value| match value.as_str() {
         Some("sliding_attention") => Ok(true),
         Some("full_attention") => Ok(false),
-        _ => Err(Error::Unsupported { what: format!("a layer of type {}", short(value)) }),
+        _ => Err(Error::Unsupported {
+            what: format!("a layer of type {}", short(value)),
+        }),
     };
     types.iter().map(is_sliding).collect()
 }
@@ -372,12 +497,22 @@ fn token_ids(value: Option<&Value>) -> Vec<u32> {
 }
 
 fn positive(key: &str, value: &Value) -> Result<f64, Error> {
-    let n = value.as_f64().filter(|n| *n > 0.0 && *n <= f64::from(f32::MAX));
-    n.ok_or_else(|| invalid(key, format!("a positive number is expected, not {}", short(value))))
+    let n = value
+        .as_f64()
+        .filter(|n| *n > 0.0 && *n <= f64::from(f32::MAX));
+    n.ok_or_else(|| {
+        invalid(
+            key,
+            format!("a positive number is expected, not {}", short(value)),
+        )
+    })
 }
 
 fn invalid(key: &str, reason: impl Into<String>) -> Error {
-    Error::Config { key: key.to_owned(), reason: reason.into() }
+    Error::Config {
+        key: key.to_owned(),
+        reason: reason.into(),
+    }
 }
 
 fn short(value: &Value) -> String {

@@ -34,7 +34,9 @@ pub enum Error {
         source: SourceError,
     },
     /// A file that the checkpoint needs is not there.
-    #[error("{file} is missing; {wanted_by} needs it: download the checkpoint again, all of its files")]
+    #[error(
+        "{file} is missing; {wanted_by} needs it: download the checkpoint again, all of its files"
+    )]
     MissingFile {
         /// Path inside the source.
         file: String,
@@ -72,8 +74,11 @@ pub enum Error {
         what: String,
     },
     /// The checkpoint has tensors that the family's table does not know.
-    #[error("{} tensors are unknown to the family {family}: {}; this is another kind of model than its config.json says",
-        tensors.len(), Some8(tensors))]
+    #[error(
+        "the family {family} has no place for {} of the checkpoint's tensors: {}; \
+         this is another kind of model than its config.json says",
+        tensors.len(), Some8(tensors)
+    )]
     UnknownTensors {
         /// GGUF architecture.
         family: String,
@@ -81,13 +86,18 @@ pub enum Error {
         tensors: Vec<String>,
     },
     /// The checkpoint lacks tensors that the model needs.
-    #[error("{} tensors are missing from the checkpoint: {}", tensors.len(), Some8(tensors))]
+    #[error(
+        "the checkpoint lacks {} of the tensors that its config.json asks for: {}; download it again, all of its files",
+        tensors.len(), Some8(tensors)
+    )]
     MissingTensors {
         /// Names in the checkpoint.
         tensors: Vec<String>,
     },
     /// A tensor's shape is not what `config.json` says.
-    #[error("{file}: tensor {tensor} has shape {got:?}, config.json says {expected:?}; they do not belong together")]
+    #[error(
+        "{file}: tensor {tensor} has shape {got:?}, config.json says {expected:?}; they do not belong together"
+    )]
     Shape {
         /// Path inside the source.
         file: String,
@@ -99,7 +109,9 @@ pub enum Error {
         got: Vec<u64>,
     },
     /// A needed tensor is stored in a type that we do not read.
-    #[error("{file}: tensor {tensor} is stored as {dtype}; F32, F16 and BF16 are read: take the unquantised checkpoint")]
+    #[error(
+        "{file}: tensor {tensor} is stored as {dtype}; F32, F16 and BF16 are read: take the unquantised checkpoint"
+    )]
     Dtype {
         /// Path inside the source.
         file: String,
@@ -240,8 +252,15 @@ pub enum Error {
 
 impl Error {
     /// For `map_err`: an [`Error::Io`] that says what was being done to which path.
-    pub(crate) fn io<'a>(action: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> Error + 'a {
-        move |source| Error::Io { action, path: path.to_owned(), source }
+    pub(crate) fn io<'a>(
+        action: &'static str,
+        path: &'a Path,
+    ) -> impl FnOnce(io::Error) -> Error + 'a {
+        move |source| Error::Io {
+            action,
+            path: path.to_owned(),
+            source,
+        }
     }
 }
 
@@ -295,7 +314,11 @@ impl fmt::Display for WrongPart {
             [] => Ok(()),
             [one] => write!(f, "; damaged tensor: {one}"),
             [first, .., last] if self.tensors.len() > 8 => {
-                write!(f, "; damaged tensors: {first} to {last} ({} in all)", self.tensors.len())
+                write!(
+                    f,
+                    "; damaged tensors: {first} to {last} ({} in all)",
+                    self.tensors.len()
+                )
             }
             some => write!(f, "; damaged tensors: {}", some.join(", ")),
         }
@@ -307,7 +330,15 @@ struct Some8<'a>(&'a [String]);
 
 impl fmt::Display for Some8<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0.iter().take(8).map(String::as_str).collect::<Vec<_>>().join(", "))?;
+        f.write_str(
+            &self
+                .0
+                .iter()
+                .take(8)
+                .map(String::as_str)
+                .collect::<Vec<_>>()
+                .join(", "),
+        )?;
         match self.0.len() {
             0..=8 => Ok(()),
             n => write!(f, " and {} more", n - 8),
@@ -322,7 +353,11 @@ impl fmt::Display for Listed<'_> {
         if let [one] = self.0 {
             return write!(f, "{one}; pull or extract it again");
         }
-        write!(f, "{} parts are wrong; pull or extract them again", self.0.len())?;
+        write!(
+            f,
+            "{} parts are wrong; pull or extract them again",
+            self.0.len()
+        )?;
         for part in self.0 {
             write!(f, "\n  {part}")?;
         }

@@ -178,7 +178,11 @@ impl Family {
             When::OutputBias => config.attention.output_bias,
             When::FfnBias => config.ffn_bias,
         };
-        self.rows.iter().flat_map(|rows| rows.iter()).filter(|row| applies(row.when)).collect()
+        self.rows
+            .iter()
+            .flat_map(|rows| rows.iter())
+            .filter(|row| applies(row.when))
+            .collect()
     }
 }
 
@@ -210,7 +214,14 @@ const fn row(
     fold: Fold,
     when: When,
 ) -> Row {
-    Row { source, target, place, shape, fold, when }
+    Row {
+        source,
+        target,
+        place,
+        shape,
+        fold,
+        when,
+    }
 }
 
 use Dim::{ExpertFfn, Experts, Ffn, Hidden, KeyLength, Keys, Mixed, Queries, Values, Vocab};
@@ -287,13 +298,22 @@ const DEFAULTS: Defaults = Defaults {
     sliding_window: None,
 };
 
-const WRITES: Writes =
-    Writes { head_dim_always: false, llama_keys: false, rope_base_always: true, no_space_prefix: false };
+const WRITES: Writes = Writes {
+    head_dim_always: false,
+    llama_keys: false,
+    rope_base_always: true,
+    no_space_prefix: false,
+};
 
 const LLAMA: Family = Family {
     classes: &["LlamaForCausalLM"],
     architecture: "llama",
-    rows: &[maps::EMBEDDINGS, maps::ATTENTION, maps::FFN_NORM, maps::DENSE],
+    rows: &[
+        maps::EMBEDDINGS,
+        maps::ATTENTION,
+        maps::FFN_NORM,
+        maps::DENSE,
+    ],
     rope: RopeKind::Interleaved,
     norms_around_zero: false,
     activation: Activation::Silu,
@@ -304,7 +324,11 @@ const LLAMA: Family = Family {
     window: Window::None,
     experts: None,
     defaults: DEFAULTS,
-    writes: Writes { head_dim_always: true, llama_keys: true, ..WRITES },
+    writes: Writes {
+        head_dim_always: true,
+        llama_keys: true,
+        ..WRITES
+    },
 };
 
 const QWEN2: Family = Family {
@@ -320,18 +344,35 @@ const QWEN2: Family = Family {
 const QWEN3: Family = Family {
     classes: &["Qwen3ForCausalLM"],
     architecture: "qwen3",
-    rows: &[maps::EMBEDDINGS, maps::ATTENTION, maps::QK_NORM, maps::FFN_NORM, maps::DENSE],
+    rows: &[
+        maps::EMBEDDINGS,
+        maps::ATTENTION,
+        maps::QK_NORM,
+        maps::FFN_NORM,
+        maps::DENSE,
+    ],
     qk_norm: true,
     bias: Bias::Configured,
-    defaults: Defaults { head_dim: Some(128), ..DEFAULTS },
-    writes: Writes { head_dim_always: true, ..WRITES },
+    defaults: Defaults {
+        head_dim: Some(128),
+        ..DEFAULTS
+    },
+    writes: Writes {
+        head_dim_always: true,
+        ..WRITES
+    },
     ..QWEN2
 };
 
 const GEMMA2: Family = Family {
     classes: &["Gemma2ForCausalLM"],
     architecture: "gemma2",
-    rows: &[maps::EMBEDDINGS, maps::ATTENTION, maps::FOUR_NORMS, maps::DENSE],
+    rows: &[
+        maps::EMBEDDINGS,
+        maps::ATTENTION,
+        maps::FOUR_NORMS,
+        maps::DENSE,
+    ],
     rope: RopeKind::Neox,
     norms_around_zero: true,
     activation: Activation::GeluTanh,
@@ -348,22 +389,48 @@ const GEMMA2: Family = Family {
         sliding_window: Some(4096),
         ..DEFAULTS
     },
-    writes: Writes { head_dim_always: true, rope_base_always: false, no_space_prefix: true, ..WRITES },
+    writes: Writes {
+        head_dim_always: true,
+        rope_base_always: false,
+        no_space_prefix: true,
+        ..WRITES
+    },
     ..LLAMA
 };
 
 /// Every family there is.
 const FAMILIES: &[Family] = &[
     LLAMA,
-    Family { classes: &["MistralForCausalLM"], bias: Bias::None, window: Window::All, ..LLAMA },
     Family {
-        classes: &["MixtralForCausalLM"],
-        rows: &[maps::EMBEDDINGS, maps::ATTENTION, maps::FFN_NORM, maps::MIXTRAL_EXPERTS],
+        classes: &["MistralForCausalLM"],
         bias: Bias::None,
         window: Window::All,
-        experts: Some(ExpertKeys { n: "num_local_experts", ffn: "intermediate_size", normalise: None }),
-        defaults: Defaults { rope_base: 1_000_000.0, norm_eps: 1e-5, ..DEFAULTS },
-        writes: Writes { llama_keys: true, ..WRITES },
+        ..LLAMA
+    },
+    Family {
+        classes: &["MixtralForCausalLM"],
+        rows: &[
+            maps::EMBEDDINGS,
+            maps::ATTENTION,
+            maps::FFN_NORM,
+            maps::MIXTRAL_EXPERTS,
+        ],
+        bias: Bias::None,
+        window: Window::All,
+        experts: Some(ExpertKeys {
+            n: "num_local_experts",
+            ffn: "intermediate_size",
+            normalise: None,
+        }),
+        defaults: Defaults {
+            rope_base: 1_000_000.0,
+            norm_eps: 1e-5,
+            ..DEFAULTS
+        },
+        writes: Writes {
+            llama_keys: true,
+            ..WRITES
+        },
         ..LLAMA
     },
     QWEN2,
@@ -371,7 +438,13 @@ const FAMILIES: &[Family] = &[
     Family {
         classes: &["Qwen3MoeForCausalLM"],
         architecture: "qwen3moe",
-        rows: &[maps::EMBEDDINGS, maps::ATTENTION, maps::QK_NORM, maps::FFN_NORM, maps::QWEN_EXPERTS],
+        rows: &[
+            maps::EMBEDDINGS,
+            maps::ATTENTION,
+            maps::QK_NORM,
+            maps::FFN_NORM,
+            maps::QWEN_EXPERTS,
+        ],
         experts: Some(ExpertKeys {
             n: "num_experts",
             ffn: "moe_intermediate_size",
@@ -385,7 +458,13 @@ const FAMILIES: &[Family] = &[
     Family {
         classes: &["Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"],
         architecture: "gemma3",
-        rows: &[maps::EMBEDDINGS, maps::ATTENTION, maps::QK_NORM, maps::FOUR_NORMS, maps::DENSE],
+        rows: &[
+            maps::EMBEDDINGS,
+            maps::ATTENTION,
+            maps::QK_NORM,
+            maps::FOUR_NORMS,
+            maps::DENSE,
+        ],
         qk_norm: true,
         window: Window::AllButEach(6),
         defaults: Defaults {
@@ -399,7 +478,10 @@ const FAMILIES: &[Family] = &[
             logit_softcap: None,
             ..GEMMA2.defaults
         },
-        writes: Writes { rope_base_always: true, ..GEMMA2.writes },
+        writes: Writes {
+            rope_base_always: true,
+            ..GEMMA2.writes
+        },
         ..GEMMA2
     },
 ];

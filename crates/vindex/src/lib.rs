@@ -10,14 +10,14 @@ mod config;
 mod config_json;
 mod dump;
 mod error;
-mod families;
 mod extract;
+mod families;
 mod gguf;
 mod index;
 mod local;
 mod metadata;
-mod placement;
 mod open;
+mod placement;
 mod plan;
 mod provenance;
 mod recipe;
@@ -27,7 +27,9 @@ mod tokenizer;
 mod verify;
 
 pub use checkpoint::{Checkpoint, Dtype, OtherDtype, SourceTensor};
-pub use config::{Activation, Attention, Config, Experts, Gating, Rope, RopeKind, RopeScaling, SlidingWindow};
+pub use config::{
+    Activation, Attention, Config, Experts, Gating, Rope, RopeKind, RopeScaling, SlidingWindow,
+};
 pub use dump::dump;
 pub use error::{Error, Wrong, WrongPart};
 pub use extract::{ExtractOptions, Progress, extract};
@@ -38,6 +40,8 @@ pub use open::{TensorView, Vindex};
 pub use plan::{Component, LeftOut, Plan, PlannedPart, PlannedTensor, Transform, Values, plan};
 pub use provenance::{PROVENANCE_FILE, Provenance};
 pub use recipe::{Recipe, UnknownRecipe};
-pub use slice::{SLICE_FILE, Slice, SliceContent, SliceFile, UnknownSlice, slice_files, slice_files_of_index};
+pub use slice::{
+    SLICE_FILE, Slice, SliceContent, SliceFile, UnknownSlice, slice_files, slice_files_of_index,
+};
 pub use source::{Origin, Source, SourceError, SourceFile};
 pub use verify::{Verified, verify};

@@ -40,24 +40,44 @@ impl LocalDir {
         let mut files = BTreeMap::new();
         for entry in fs::read_dir(&root).map_err(Error::io("list", dir))? {
             let path = entry.map_err(Error::io("list", dir))?.path();
-            let Some(name) = path.file_name().and_then(|n| n.to_str()).map(str::to_owned) else { continue };
+            let Some(name) = path.file_name().and_then(|n| n.to_str()).map(str::to_owned) else {
+                continue;
+            };
             // A dangling link is no file of the checkpoint; whoever needs it is told that it is missing.
-            let Ok(target) = fs::canonicalize(&path) else { continue };
-            let Ok(metadata) = fs::metadata(&target) else { continue };
+            let Ok(target) = fs::canonicalize(&path) else {
+                continue;
+            };
+            let Ok(metadata) = fs::metadata(&target) else {
+                continue;
+            };
             if !metadata.is_file() {
                 continue;
             }
-            let is_inside =
-                target.starts_with(&root) || cached.as_ref().is_some_and(|c| target.starts_with(&c.blobs));
+            let is_inside = target.starts_with(&root)
+                || cached
+                    .as_ref()
+                    .is_some_and(|c| target.starts_with(&c.blobs));
             files.insert(
                 name,
-                LocalFile { path: target, size_bytes: metadata.len(), is_inside, handle: OnceLock::new() },
+                LocalFile {
+                    path: target,
+                    size_bytes: metadata.len(),
+                    is_inside,
+                    handle: OnceLock::new(),
+                },
             );
         }
         let origin = match cached {
-            Some(c) => Origin { model_name: c.model_name, repo: Some(c.repo), commit: Some(c.commit) },
+            Some(c) => Origin {
+                model_name: c.model_name,
+                repo: Some(c.repo),
+                commit: Some(c.commit),
+            },
             None => Origin {
-                model_name: root.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default(),
+                model_name: root
+                    .file_name()
+                    .map(|n| n.to_string_lossy().into_owned())
+                    .unwrap_or_default(),
                 ..Origin::default()
             },
         };
@@ -67,11 +87,21 @@ impl LocalDir {
 
 impl Source for LocalDir {
     fn files(&self) -> Result<Vec<SourceFile>, SourceError> {
-        Ok(self.files.iter().map(|(path, f)| SourceFile { path: path.clone(), size_bytes: f.size_bytes }).collect())
+        Ok(self
+            .files
+            .iter()
+            .map(|(path, f)| SourceFile {
+                path: path.clone(),
+                size_bytes: f.size_bytes,
+            })
+            .collect())
     }
 
     fn read_at(&self, path: &str, offset_bytes: u64, buf: &mut [u8]) -> Result<(), SourceError> {
-        let file = self.files.get(path).ok_or_else(|| format!("there is no file {path} in the directory"))?;
+        let file = self
+            .files
+            .get(path)
+            .ok_or_else(|| format!("there is no file {path} in the directory"))?;
         if !file.is_inside {
             return Err(format!(
                 "{path} is a link to {}, outside of the checkpoint's directory; copy the file there",
@@ -98,7 +128,13 @@ impl Source for LocalDir {
     fn fingerprint(&self) -> Result<String, SourceError> {
         let mut text = String::new();
         for file in self.files.values() {
-            let _ = writeln!(text, "{:?} {} {:?}", file.path, file.size_bytes, fs::metadata(&file.path)?.modified()?);
+            let _ = writeln!(
+                text,
+                "{:?} {} {:?}",
+                file.path,
+                file.size_bytes,
+                fs::metadata(&file.path)?.modified()?
+            );
         }
         Ok(text)
     }
@@ -115,13 +151,20 @@ struct CachedSnapshot {
 impl CachedSnapshot {
     fn of(root: &Path) -> Option<CachedSnapshot> {
         let commit = root.file_name()?.to_str()?;
-        let is_sha = commit.len() == 40 && commit.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+        let is_sha = commit.len() == 40
+            && commit
+                .bytes()
+                .all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
         let snapshots = root.parent()?;
         let repo_dir = snapshots.parent()?;
         if !is_sha || snapshots.file_name()?.to_str()? != "snapshots" {
             return None;
         }
-        let (owner, name) = repo_dir.file_name()?.to_str()?.strip_prefix("models--")?.split_once("--")?;
+        let (owner, name) = repo_dir
+            .file_name()?
+            .to_str()?
+            .strip_prefix("models--")?
+            .split_once("--")?;
         Some(CachedSnapshot {
             model_name: name.to_owned(),
             repo: format!("{owner}/{name}"),
@@ -140,7 +183,11 @@ fn read_exact_at(file: &File, offset_bytes: u64, buf: &mut [u8]) -> io::Result<(
 fn read_exact_at(file: &File, offset_bytes: u64, buf: &mut [u8]) -> io::Result<()> {
     let mut done = 0;
     while done < buf.len() {
-        match std::os::windows::fs::FileExt::seek_read(file, &mut buf[done..], offset_bytes + done as u64) {
+        match std::os::windows::fs::FileExt::seek_read(
+            file,
+            &mut buf[done..],
+            offset_bytes + done as u64,
+        ) {
             Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
             Ok(n) => done += n,
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}

@@ -26,12 +26,29 @@ pub(crate) fn of_model(
     let mut keys: Vec<(String, MetaValue)> = vec![
         ("general.architecture".to_owned(), text(family.architecture)),
         ("general.type".to_owned(), text("model")),
-        ("general.name".to_owned(), text(if model_name.is_empty() { "model" } else { model_name })),
-        ("general.size_label".to_owned(), MetaValue::String(size_label(parts))),
-        ("general.file_type".to_owned(), MetaValue::U32(recipe.file_type())),
-        ("general.quantization_version".to_owned(), MetaValue::U32(QUANTIZATION_VERSION)),
+        (
+            "general.name".to_owned(),
+            text(if model_name.is_empty() {
+                "model"
+            } else {
+                model_name
+            }),
+        ),
+        (
+            "general.size_label".to_owned(),
+            MetaValue::String(size_label(parts)),
+        ),
+        (
+            "general.file_type".to_owned(),
+            MetaValue::U32(recipe.file_type()),
+        ),
+        (
+            "general.quantization_version".to_owned(),
+            MetaValue::U32(QUANTIZATION_VERSION),
+        ),
     ];
-    let mut put = |key: &str, value: MetaValue| keys.push((format!("{}.{key}", family.architecture), value));
+    let mut put =
+        |key: &str, value: MetaValue| keys.push((format!("{}.{key}", family.architecture), value));
     let (a, rope) = (&config.attention, &config.rope);
     put("block_count", MetaValue::U32(config.n_layers));
     put("context_length", MetaValue::U32(config.context));
@@ -42,7 +59,10 @@ pub(crate) fn of_model(
     }
     put("attention.head_count", MetaValue::U32(a.n_heads));
     put("attention.head_count_kv", MetaValue::U32(a.n_kv_heads));
-    put("attention.layer_norm_rms_epsilon", MetaValue::F32(config.norm_eps));
+    put(
+        "attention.layer_norm_rms_epsilon",
+        MetaValue::F32(config.norm_eps),
+    );
     if family.writes.head_dim_always || json.has_head_dim() {
         put("attention.key_length", MetaValue::U32(a.key_length));
         put("attention.value_length", MetaValue::U32(a.value_length));
@@ -70,10 +90,19 @@ pub(crate) fn of_model(
             put("rope.scaling.type", text("linear"));
             put("rope.scaling.factor", MetaValue::F32(factor));
         }
-        Some(RopeScaling::Yarn { factor, original_context, beta_fast, beta_slow, attention_factor }) => {
+        Some(RopeScaling::Yarn {
+            factor,
+            original_context,
+            beta_fast,
+            beta_slow,
+            attention_factor,
+        }) => {
             put("rope.scaling.type", text("yarn"));
             put("rope.scaling.factor", MetaValue::F32(factor));
-            put("rope.scaling.original_context_length", MetaValue::U32(original_context));
+            put(
+                "rope.scaling.original_context_length",
+                MetaValue::U32(original_context),
+            );
             put("rope.scaling.yarn_beta_fast", MetaValue::F32(beta_fast));
             put("rope.scaling.yarn_beta_slow", MetaValue::F32(beta_slow));
             if let Some(factor) = attention_factor {
@@ -95,7 +124,12 @@ pub(crate) fn of_model(
 /// Where llama.cpp's forward pass is known to leave the model's configuration.
 pub(crate) fn not_followed_by_llama_cpp(config: &Config) -> Vec<String> {
     let mut warnings = Vec::new();
-    if let Some(window) = config.attention.sliding_window.as_ref().filter(|_| !config.post_norms) {
+    if let Some(window) = config
+        .attention
+        .sliding_window
+        .as_ref()
+        .filter(|_| !config.post_norms)
+    {
         warnings.push(format!(
             "llama.cpp knows no sliding window for the architecture {}: its texts differ beyond {} tokens",
             config.architecture, window.n_tokens

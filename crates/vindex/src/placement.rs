@@ -31,37 +31,65 @@ pub(crate) fn place(
     let mut found = Found::of(checkpoint)?;
     let layers = 0..config.n_layers;
     let mut parts = vec![
-        PlannedPart { component: Component::Metadata, tensors: Vec::new() },
-        PlannedPart { component: Component::Embeddings, tensors: Vec::new() },
+        PlannedPart {
+            component: Component::Metadata,
+            tensors: Vec::new(),
+        },
+        PlannedPart {
+            component: Component::Embeddings,
+            tensors: Vec::new(),
+        },
     ];
     for layer in layers.clone() {
-        parts.push(PlannedPart { component: Component::Attention { layer }, tensors: Vec::new() });
-        parts.push(PlannedPart { component: Component::FeedForward { layer }, tensors: Vec::new() });
+        parts.push(PlannedPart {
+            component: Component::Attention { layer },
+            tensors: Vec::new(),
+        });
+        parts.push(PlannedPart {
+            component: Component::FeedForward { layer },
+            tensors: Vec::new(),
+        });
     }
     'rows: for row in family.rows_for(config) {
-        let layers = if row.source.contains("{l}") { layers.clone() } else { 0..1 };
+        let layers = if row.source.contains("{l}") {
+            layers.clone()
+        } else {
+            0..1
+        };
         for layer in layers {
             let part = match row.place {
                 Place::Embeddings => 1,
                 Place::Attention => 2 + 2 * layer as usize,
                 Place::FeedForward => 3 + 2 * layer as usize,
             };
-            parts[part].tensors.extend(found.take(row, layer, family, config, recipe)?);
+            parts[part]
+                .tensors
+                .extend(found.take(row, layer, family, config, recipe)?);
             if found.missing.len() >= MISSING_MAX {
                 break 'rows;
             }
         }
     }
     if !found.missing.is_empty() {
-        return Err(Error::MissingTensors { tensors: found.missing });
+        return Err(Error::MissingTensors {
+            tensors: found.missing,
+        });
     }
     if let Some(values) = json.rope_factors(config)? {
         let ne = vec![values.len() as u64];
         let name = "rope_freqs.weight".to_owned();
         let block_type = recipe.block_type(&name, &ne);
-        parts[1].tensors.push(PlannedTensor { name, ne, block_type, values: Values::Computed { values } });
+        parts[1].tensors.push(PlannedTensor {
+            name,
+            ne,
+            block_type,
+            values: Values::Computed { values },
+        });
     }
-    Ok(Placed { parts, left_out: found.rest(json, family, config)? })
+    Ok(Placed {
+        parts,
+        left_out: found.rest(json, family, config)?,
+    })
 }
 
 /// The checkpoint's tensors under the names of the name maps, and what has been made of them.
@@ -80,10 +108,17 @@ impl<'a> Found<'a> {
             let plain = name.replacen("language_model.", "", 1);
             if let Some((other, _)) = tensors.insert(plain, (name, tensor)) {
                 let reason = format!("tensors {name} and {other} are two of one name");
-                return Err(Error::Checkpoint { file: tensor.file.clone(), reason });
+                return Err(Error::Checkpoint {
+                    file: tensor.file.clone(),
+                    reason,
+                });
             }
         }
-        Ok(Found { tensors, used: BTreeSet::new(), missing: Vec::new() })
+        Ok(Found {
+            tensors,
+            used: BTreeSet::new(),
+            missing: Vec::new(),
+        })
     }
 
     /// The tensor of one line of the map in one layer; `None` with a note in `missing` when it is not there.
@@ -97,7 +132,10 @@ impl<'a> Found<'a> {
     ) -> Result<Option<PlannedTensor>, Error> {
         let shape: Vec<u64> = row.shape.iter().map(|d| d.of(config)).collect();
         let in_layer = row.source.replace("{l}", &layer.to_string());
-        let n_experts = config.experts.filter(|_| row.source.contains("{e}")).map(|e| e.n);
+        let n_experts = config
+            .experts
+            .filter(|_| row.source.contains("{e}"))
+            .map(|e| e.n);
         let mut sources = Vec::new();
         for expert in 0..n_experts.unwrap_or(1) {
             let plain = in_layer.replace("{e}", &expert.to_string());
@@ -115,25 +153,48 @@ impl<'a> Found<'a> {
         if sources.len() != n_experts.unwrap_or(1) as usize {
             return Ok(None);
         }
-        let prefix = if row.source.contains("{l}") { format!("blk.{layer}.") } else { String::new() };
+        let prefix = if row.source.contains("{l}") {
+            format!("blk.{layer}.")
+        } else {
+            String::new()
+        };
         let name = prefix + row.target;
-        let ne: Vec<u64> = shape.into_iter().rev().chain(n_experts.map(u64::from)).collect();
+        let ne: Vec<u64> = shape
+            .into_iter()
+            .rev()
+            .chain(n_experts.map(u64::from))
+            .collect();
         let transform = match row.fold {
             Fold::Norm if family.norms_around_zero => Transform::AddOne,
             Fold::RopeQueries if family.rope == RopeKind::Interleaved => {
-                Transform::InterleaveRope { n_heads: config.attention.n_heads }
+                Transform::InterleaveRope {
+                    n_heads: config.attention.n_heads,
+                }
             }
-            Fold::RopeKeys if family.rope == RopeKind::Interleaved => {
-                Transform::InterleaveRope { n_heads: config.attention.n_kv_heads }
-            }
+            Fold::RopeKeys if family.rope == RopeKind::Interleaved => Transform::InterleaveRope {
+                n_heads: config.attention.n_kv_heads,
+            },
             _ => Transform::None,
         };
         let block_type = recipe.block_type(&name, &ne);
-        Ok(Some(PlannedTensor { name, ne, block_type, values: Values::Checkpoint { tensors: sources, transform } }))
+        Ok(Some(PlannedTensor {
+            name,
+            ne,
+            block_type,
+            values: Values::Checkpoint {
+                tensors: sources,
+                transform,
+            },
+        }))
     }
 
     /// What no line of the map took: left out with a reason, or unknown.
-    fn rest(&self, json: &ConfigJson, family: &Family, config: &Config) -> Result<Vec<LeftOut>, Error> {
+    fn rest(
+        &self,
+        json: &ConfigJson,
+        family: &Family,
+        config: &Config,
+    ) -> Result<Vec<LeftOut>, Error> {
         let nextn = config.n_layers..config.n_layers.saturating_add(json.n_nextn_layers()?);
         let mut left_out = Vec::new();
         let mut unknown = Vec::new();
@@ -141,7 +202,9 @@ impl<'a> Found<'a> {
             if self.used.contains(plain) {
                 continue;
             }
-            let layer = plain.strip_prefix("model.layers.").and_then(|r| r.split('.').next()?.parse::<u32>().ok());
+            let layer = plain
+                .strip_prefix("model.layers.")
+                .and_then(|r| r.split('.').next()?.parse::<u32>().ok());
             let reason = if plain.ends_with(".rotary_emb.inv_freq") {
                 "computed from the configuration"
             } else if plain == "lm_head.weight" && config.tied_embeddings {
@@ -156,10 +219,16 @@ impl<'a> Found<'a> {
                 unknown.push(format!("{}: {name}", tensor.file));
                 continue;
             };
-            left_out.push(LeftOut { tensor: (*name).to_owned(), reason: reason.to_owned() });
+            left_out.push(LeftOut {
+                tensor: (*name).to_owned(),
+                reason: reason.to_owned(),
+            });
         }
         if !unknown.is_empty() {
-            return Err(Error::UnknownTensors { family: family.architecture.to_owned(), tensors: unknown });
+            return Err(Error::UnknownTensors {
+                family: family.architecture.to_owned(),
+                tensors: unknown,
+            });
         }
         Ok(left_out)
     }
@@ -185,7 +254,17 @@ fn check(name: &str, tensor: &SourceTensor, expected: &[u64]) -> Result<(), Erro
 }
 
 fn is_vision(name: &str) -> bool {
-    ["vision_tower.", "vision_model.", "multi_modal_projector.", "visual."]
-        .iter()
-        .any(|part| name.starts_with(part) || name.strip_prefix("model.").is_some_and(|n| n.starts_with(part)))
+    [
+        "vision_tower.",
+        "vision_model.",
+        "multi_modal_projector.",
+        "visual.",
+    ]
+    .iter()
+    .any(|part| {
+        name.starts_with(part)
+            || name
+                .strip_prefix("model.")
+                .is_some_and(|n| n.starts_with(part))
+    })
 }

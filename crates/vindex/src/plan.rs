@@ -32,10 +32,19 @@ pub fn plan(source: &dyn Source, recipe: Recipe) -> Result<Plan, Error> {
     let placed = placement::place(&checkpoint, &json, family, &config, recipe)?;
     let tokenizer = tokenizer::read(&files, &json, family, config.vocab)?;
     config.bos = tokenizer.bos.or(config.bos);
-    config.eos.extend(tokenizer.eos.filter(|eos| !config.eos.contains(eos)));
+    config
+        .eos
+        .extend(tokenizer.eos.filter(|eos| !config.eos.contains(eos)));
 
     let origin = source.origin();
-    let mut metadata = metadata::of_model(&origin.model_name, &json, family, &config, recipe, &placed.parts);
+    let mut metadata = metadata::of_model(
+        &origin.model_name,
+        &json,
+        family,
+        &config,
+        recipe,
+        &placed.parts,
+    );
     metadata.extend(tokenizer.metadata);
     let mut warnings = tokenizer.warnings;
     warnings.extend(metadata::not_followed_by_llama_cpp(&config));
@@ -55,7 +64,11 @@ pub fn plan(source: &dyn Source, recipe: Recipe) -> Result<Plan, Error> {
 /// first.
 fn stem(model_name: &str, recipe: Recipe) -> String {
     let is_safe = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
-    let safe: String = model_name.chars().take(100).map(|c| if is_safe(c) { c } else { '-' }).collect();
+    let safe: String = model_name
+        .chars()
+        .take(100)
+        .map(|c| if is_safe(c) { c } else { '-' })
+        .collect();
     match safe.trim_start_matches(['.', '-']) {
         "" => format!("model-{recipe}"),
         name => format!("{name}-{recipe}"),
@@ -95,7 +108,9 @@ pub struct PlannedPart {
 }
 
 /// What one part holds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, serde::Deserialize)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, serde::Deserialize,
+)]
 #[serde(tag = "component", rename_all = "kebab-case")]
 pub enum Component {
     /// Metadata and tokenizer, no tensor; belongs to every slice.

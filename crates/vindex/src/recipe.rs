@@ -27,7 +27,13 @@ pub enum Recipe {
 
 impl Recipe {
     /// Every recipe, from the largest output to the smallest.
-    pub const ALL: [Recipe; 5] = [Recipe::F32, Recipe::Bf16, Recipe::F16, Recipe::Q8_0, Recipe::Q4k];
+    pub const ALL: [Recipe; 5] = [
+        Recipe::F32,
+        Recipe::Bf16,
+        Recipe::F16,
+        Recipe::Q8_0,
+        Recipe::Q4k,
+    ];
 
     /// As `--quant` takes it and as `index.json` records it.
     pub const fn name(self) -> &'static str {
@@ -56,7 +62,8 @@ impl Recipe {
     /// Vectors, norms and routers stay F32 in every recipe. A row that is not a whole number of blocks
     /// falls back to a smaller block: Q8_0 (32 values), then F16 (1 value).
     pub fn block_type(self, name: &str, ne: &[u64]) -> BlockType {
-        if ne.len() < 2 || name.ends_with("_norm.weight") || name.ends_with(".ffn_gate_inp.weight") {
+        if ne.len() < 2 || name.ends_with("_norm.weight") || name.ends_with(".ffn_gate_inp.weight")
+        {
             return BlockType::F32;
         }
         let wanted = match self {
@@ -68,7 +75,10 @@ impl Recipe {
             Recipe::Q4k => BlockType::Q4_K,
         };
         let whole = |t: BlockType| ne[0].is_multiple_of(t.block_len() as u64);
-        [wanted, BlockType::Q8_0].into_iter().find(|&t| whole(t)).unwrap_or(BlockType::F16)
+        [wanted, BlockType::Q8_0]
+            .into_iter()
+            .find(|&t| whole(t))
+            .unwrap_or(BlockType::F16)
     }
 }
 
@@ -76,7 +86,10 @@ impl Recipe {
 fn is_sensitive(name: &str) -> bool {
     let stem = name.strip_suffix(".weight").unwrap_or(name);
     let kind = stem.rsplit('.').next().unwrap_or(stem);
-    matches!(kind, "attn_v" | "ffn_down" | "ffn_down_exps" | "token_embd" | "output")
+    matches!(
+        kind,
+        "attn_v" | "ffn_down" | "ffn_down_exps" | "token_embd" | "output"
+    )
 }
 
 impl fmt::Display for Recipe {
@@ -94,6 +107,9 @@ impl FromStr for Recipe {
     type Err = UnknownRecipe;
 
     fn from_str(s: &str) -> Result<Self, Self::Err> {
-        Recipe::ALL.into_iter().find(|r| r.name() == s).ok_or_else(|| UnknownRecipe(s.to_owned()))
+        Recipe::ALL
+            .into_iter()
+            .find(|r| r.name() == s)
+            .ok_or_else(|| UnknownRecipe(s.to_owned()))
     }
 }

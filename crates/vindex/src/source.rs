@@ -68,8 +68,14 @@ pub(crate) struct Files<'a> {
 
 impl<'a> Files<'a> {
     pub(crate) fn list(source: &'a dyn Source) -> Result<Files<'a>, Error> {
-        let listed = source.files().map_err(|source| Error::Source { file: "the list of files".to_owned(), source })?;
-        Ok(Files { source, sizes: listed.into_iter().map(|f| (f.path, f.size_bytes)).collect() })
+        let listed = source.files().map_err(|source| Error::Source {
+            file: "the list of files".to_owned(),
+            source,
+        })?;
+        Ok(Files {
+            source,
+            sizes: listed.into_iter().map(|f| (f.path, f.size_bytes)).collect(),
+        })
     }
 
     /// None when there is no such file.
@@ -77,19 +83,31 @@ impl<'a> Files<'a> {
         self.sizes.get(path).copied()
     }
 
-    pub(crate) fn read_at(&self, path: &str, offset_bytes: u64, buf: &mut [u8]) -> Result<(), Error> {
+    pub(crate) fn read_at(
+        &self,
+        path: &str,
+        offset_bytes: u64,
+        buf: &mut [u8],
+    ) -> Result<(), Error> {
         self.source
             .read_at(path, offset_bytes, buf)
-            .map_err(|source| Error::Source { file: path.to_owned(), source })
+            .map_err(|source| Error::Source {
+                file: path.to_owned(),
+                source,
+            })
     }
 
     /// The whole file, refused above `max_bytes`; `None` when there is no such file.
     pub(crate) fn read(&self, path: &str, max_bytes: u64) -> Result<Option<Vec<u8>>, Error> {
-        let Some(size_bytes) = self.size_bytes(path) else { return Ok(None) };
+        let Some(size_bytes) = self.size_bytes(path) else {
+            return Ok(None);
+        };
         if size_bytes > max_bytes {
             return Err(Error::Checkpoint {
                 file: path.to_owned(),
-                reason: format!("its {size_bytes} bytes are more than such a file has ({max_bytes} at most)"),
+                reason: format!(
+                    "its {size_bytes} bytes are more than such a file has ({max_bytes} at most)"
+                ),
             });
         }
         let mut bytes = vec![0; size_bytes as usize];
@@ -99,27 +117,40 @@ impl<'a> Files<'a> {
 
     /// A text file, refused above `max_bytes`; `None` when there is no such file.
     pub(crate) fn text(&self, path: &str, max_bytes: u64) -> Result<Option<String>, Error> {
-        let Some(bytes) = self.read(path, max_bytes)? else { return Ok(None) };
-        String::from_utf8(bytes).map(Some).map_err(|e| Error::Checkpoint {
-            file: path.to_owned(),
-            reason: format!("it is not UTF-8 text ({e})"),
-        })
+        let Some(bytes) = self.read(path, max_bytes)? else {
+            return Ok(None);
+        };
+        String::from_utf8(bytes)
+            .map(Some)
+            .map_err(|e| Error::Checkpoint {
+                file: path.to_owned(),
+                reason: format!("it is not UTF-8 text ({e})"),
+            })
     }
 
     /// A JSON file that may be absent.
-    pub(crate) fn json_if_any<T: DeserializeOwned>(&self, path: &str, max_bytes: u64) -> Result<Option<T>, Error> {
-        let Some(bytes) = self.read(path, max_bytes)? else { return Ok(None) };
-        serde_json::from_slice(&bytes).map(Some).map_err(|e| Error::Checkpoint {
-            file: path.to_owned(),
-            reason: format!("it is not the JSON that was expected: {e}"),
-        })
+    pub(crate) fn json_if_any<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        max_bytes: u64,
+    ) -> Result<Option<T>, Error> {
+        let Some(bytes) = self.read(path, max_bytes)? else {
+            return Ok(None);
+        };
+        serde_json::from_slice(&bytes)
+            .map(Some)
+            .map_err(|e| Error::Checkpoint {
+                file: path.to_owned(),
+                reason: format!("it is not the JSON that was expected: {e}"),
+            })
     }
 
     /// A JSON file that must be there.
     pub(crate) fn json<T: DeserializeOwned>(&self, path: &str, max_bytes: u64) -> Result<T, Error> {
-        self.json_if_any(path, max_bytes)?.ok_or_else(|| Error::MissingFile {
-            file: path.to_owned(),
-            wanted_by: "a checkpoint in the layout of the Hub".to_owned(),
-        })
+        self.json_if_any(path, max_bytes)?
+            .ok_or_else(|| Error::MissingFile {
+                file: path.to_owned(),
+                wanted_by: "a checkpoint in the layout of the Hub".to_owned(),
+            })
     }
 }

@@ -70,7 +70,9 @@ impl Merge {
     fn line(&self) -> String {
         match self {
             Merge::Line(line) => line.clone(),
-            Merge::Pair([left, right]) => format!("{} {}", left.replace(' ', "Ġ"), right.replace(' ', "Ġ")),
+            Merge::Pair([left, right]) => {
+                format!("{} {}", left.replace(' ', "Ġ"), right.replace(' ', "Ġ"))
+            }
         }
     }
 }
@@ -85,9 +87,12 @@ pub(super) fn parse(json: &str) -> Result<TokenizerJson, Error> {
     struct KindOfModel {
         r#type: Option<String>,
     }
-    let kind: Kind = serde_json::from_str(json).map_err(|e| bad(format!("it is not a tokenizer: {e}")))?;
+    let kind: Kind =
+        serde_json::from_str(json).map_err(|e| bad(format!("it is not a tokenizer: {e}")))?;
     match kind.model.r#type.as_deref() {
-        None | Some("BPE") => serde_json::from_str(json).map_err(|e| bad(format!("it is not a BPE tokenizer: {e}"))),
+        None | Some("BPE") => {
+            serde_json::from_str(json).map_err(|e| bad(format!("it is not a BPE tokenizer: {e}")))
+        }
         Some(other) => Err(bad(format!(
             "its model is of type {:?}; BPE is read, or a SentencePiece file tokenizer.model",
             other.chars().take(40).collect::<String>()
@@ -99,9 +104,13 @@ pub(super) fn parse(json: &str) -> Result<TokenizerJson, Error> {
 pub(super) fn vocabulary(json: &TokenizerJson, n_vocab: usize) -> Result<Vocabulary, Error> {
     let mut rows: Vec<Option<(&str, TokenType)>> = vec![None; n_vocab];
     for (token, &id) in &json.model.vocab {
-        let row = rows.get_mut(id as usize).ok_or_else(|| beyond(token, id, n_vocab))?;
+        let row = rows
+            .get_mut(id as usize)
+            .ok_or_else(|| beyond(token, id, n_vocab))?;
         if let Some((other, _)) = row.replace((token, TokenType::Normal)) {
-            return Err(bad(format!("tokens {token:?} and {other:?} have the same id {id}")));
+            return Err(bad(format!(
+                "tokens {token:?} and {other:?} have the same id {id}"
+            )));
         }
     }
     let mut added: HashMap<u32, (String, TokenType)> = HashMap::new();
@@ -137,27 +146,45 @@ pub(super) fn vocabulary(json: &TokenizerJson, n_vocab: usize) -> Result<Vocabul
             warnings: warning.into_iter().collect(),
         })
     } else {
-        Err(bad("its BPE is neither over bytes (ByteLevel) nor with byte fallback".to_owned()))
+        Err(bad(
+            "its BPE is neither over bytes (ByteLevel) nor with byte fallback".to_owned(),
+        ))
     }
 }
 
 /// Merging by rank as merging by score: llama.cpp joins the pair whose result has the highest score, so a token's
 /// score is minus the rank of the merges that make it. This is the same procedure when all merges of one token
 /// follow each other, and when every two tokens whose join is a token may be merged.
-fn scored(json: &TokenizerJson, tokens: Vec<String>, mut types: Vec<TokenType>) -> Result<Vocabulary, Error> {
+fn scored(
+    json: &TokenizerJson,
+    tokens: Vec<String>,
+    mut types: Vec<TokenType>,
+) -> Result<Vocabulary, Error> {
     let vocab = &json.model.vocab;
     let refuse = |what: &str| {
-        Err(bad(format!("{what}, so that GGUF's scores cannot say its order; the checkpoint needs its tokenizer.model")))
+        Err(bad(format!(
+            "{what}, so that GGUF's scores cannot say its order; the checkpoint needs its tokenizer.model"
+        )))
     };
-    let added: HashSet<&str> = json.added_tokens.iter().map(|t| t.content.as_str()).collect();
+    let added: HashSet<&str> = json
+        .added_tokens
+        .iter()
+        .map(|t| t.content.as_str())
+        .collect();
     let mut scores: Vec<f32> = vec![UNMERGED_SCORE; tokens.len()];
     let mut made = HashSet::new();
     let mut pairs = HashSet::new();
     let mut last = None;
     for merge in &json.model.merges {
-        let Some((left, right)) = merge.pair() else { return refuse("it has a merge that is not of two tokens") };
+        let Some((left, right)) = merge.pair() else {
+            return refuse("it has a merge that is not of two tokens");
+        };
         let joined = [left, right].concat();
-        let (Some(&id), true, true) = (vocab.get(&joined), vocab.contains_key(left), vocab.contains_key(right)) else {
+        let (Some(&id), true, true) = (
+            vocab.get(&joined),
+            vocab.contains_key(left),
+            vocab.contains_key(right),
+        ) else {
             return refuse("it has a merge of unknown tokens");
         };
         if last != Some(id) {
@@ -189,7 +216,9 @@ fn scored(json: &TokenizerJson, tokens: Vec<String>, mut types: Vec<TokenType>) 
         scores: Some(scores),
         types,
         merges: None,
-        add_space_prefix: Some(prepends_space(&json.normalizer) || prepends_space(&json.pre_tokenizer)),
+        add_space_prefix: Some(
+            prepends_space(&json.normalizer) || prepends_space(&json.pre_tokenizer),
+        ),
         warnings: Vec::new(),
     })
 }
@@ -202,7 +231,10 @@ fn is_byte(token: &str) -> bool {
 
 /// True when a normaliser or pre-tokenizer puts `▁` before a text.
 fn prepends_space(step: &Value) -> bool {
-    let steps = ["normalizers", "pretokenizers"].iter().find_map(|k| step.get(*k)).and_then(Value::as_array);
+    let steps = ["normalizers", "pretokenizers"]
+        .iter()
+        .find_map(|k| step.get(*k))
+        .and_then(Value::as_array);
     if let Some(steps) = steps {
         return steps.iter().any(prepends_space);
     }
@@ -211,16 +243,24 @@ fn prepends_space(step: &Value) -> bool {
         Some("Prepend") => text("prepend") == Some("▁"),
         Some("Metaspace") => match text("prepend_scheme") {
             Some(scheme) => scheme != "never",
-            None => step.get("add_prefix_space").and_then(Value::as_bool).unwrap_or(true),
+            None => step
+                .get("add_prefix_space")
+                .and_then(Value::as_bool)
+                .unwrap_or(true),
         },
         _ => false,
     }
 }
 
 fn beyond(token: &str, id: u32, n_vocab: usize) -> Error {
-    bad(format!("token {token:?} has id {id}, the embedding matrix has {n_vocab} rows"))
+    bad(format!(
+        "token {token:?} has id {id}, the embedding matrix has {n_vocab} rows"
+    ))
 }
 
 fn bad(reason: String) -> Error {
-    Error::Tokenizer { file: FILE.to_owned(), reason }
+    Error::Tokenizer {
+        file: FILE.to_owned(),
+        reason,
+    }
 }

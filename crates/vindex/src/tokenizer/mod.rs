@@ -70,12 +70,15 @@ pub(crate) fn read(
     n_vocab: u32,
 ) -> Result<Tokenizer, Error> {
     let json = files.text("tokenizer.json", TOKENIZER_JSON_BYTES_MAX)?;
-    let settings: Option<Map<String, Value>> = files.json_if_any("tokenizer_config.json", SMALL_BYTES_MAX)?;
+    let settings: Option<Map<String, Value>> =
+        files.json_if_any("tokenizer_config.json", SMALL_BYTES_MAX)?;
     let parsed = json.as_deref().map(bpe::parse).transpose()?;
     let n_vocab_max = n_vocab as usize;
     let vocabulary = match (files.read("tokenizer.model", SMALL_BYTES_MAX)?, &parsed) {
         (Some(model), _) => {
-            let added = files.json_if_any("added_tokens.json", SMALL_BYTES_MAX)?.unwrap_or_default();
+            let added = files
+                .json_if_any("added_tokens.json", SMALL_BYTES_MAX)?
+                .unwrap_or_default();
             sentencepiece::vocabulary(&model, &added, settings.as_ref(), n_vocab_max)?
         }
         (None, Some(parsed)) => bpe::vocabulary(parsed, n_vocab_max)?,
@@ -94,12 +97,17 @@ pub(crate) fn read(
     if family.writes.no_space_prefix && vocabulary.model == "llama" {
         add_space_prefix = Some(false);
     }
-    if family.writes.llama_keys && let Some(prefix) = special.add_prefix_space {
+    if family.writes.llama_keys
+        && let Some(prefix) = special.add_prefix_space
+    {
         add_space_prefix = Some(prefix);
     }
     put("ggml.model", MetaValue::String(vocabulary.model.to_owned()));
     put("ggml.pre", MetaValue::String(vocabulary.pre.to_owned()));
-    put("ggml.tokens", MetaValue::Array(MetaArray::Strings(vocabulary.tokens)));
+    put(
+        "ggml.tokens",
+        MetaValue::Array(MetaArray::Strings(vocabulary.tokens)),
+    );
     if let Some(scores) = vocabulary.scores {
         put("ggml.scores", MetaValue::Array(MetaArray::F32s(scores)));
     }
@@ -123,7 +131,13 @@ pub(crate) fn read(
     if let Some(json) = json {
         put("huggingface.json", MetaValue::String(json));
     }
-    let id_of = |key: &str| special.ids.iter().find(|(k, _)| *k == key).map(|(_, id)| *id);
+    let id_of = |key: &str| {
+        special
+            .ids
+            .iter()
+            .find(|(k, _)| *k == key)
+            .map(|(_, id)| *id)
+    };
     Ok(Tokenizer {
         bos: id_of("bos_token_id"),
         eos: id_of("eos_token_id"),

@@ -24,7 +24,11 @@ const KNOWN: [(&[&str], bool, &str); 9] = [
     (&[QWEN35], false, "qwen35"),
     (&[GPT4O], false, "gpt-4o"),
     (&[TEKKEN], true, "tekken"),
-    (&[r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", DEEPSEEK3_WORDS], false, "deepseek-v3"),
+    (
+        &[r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", DEEPSEEK3_WORDS],
+        false,
+        "deepseek-v3",
+    ),
     (&[BYTE_LEVEL], false, "gpt-2"),
     (&[EACH_DIGIT, BYTE_LEVEL], false, "smollm"),
 ];
@@ -32,7 +36,9 @@ const KNOWN: [(&[&str], bool, &str); 9] = [
 /// The name for a `pre_tokenizer`, or `default` with a warning.
 pub(super) fn name(pre_tokenizer: &Value, ignore_merges: bool) -> (&'static str, Option<String>) {
     let known = patterns(pre_tokenizer).and_then(|patterns| {
-        KNOWN.iter().find(|(known, ignores, _)| *known == patterns.as_slice() && *ignores == ignore_merges)
+        KNOWN
+            .iter()
+            .find(|(known, ignores, _)| *known == patterns.as_slice() && *ignores == ignore_merges)
     });
     match known {
         Some((_, _, name)) => (name, None),
@@ -46,8 +52,12 @@ pub(super) fn name(pre_tokenizer: &Value, ignore_merges: bool) -> (&'static str,
 
 /// True when `step` is, or has, the step `ByteLevel`.
 pub(super) fn has_byte_level(step: &Value) -> bool {
-    let nested = ["decoders", "pretokenizers"].iter().find_map(|k| step.get(*k)).and_then(Value::as_array);
-    step.get("type").and_then(Value::as_str) == Some("ByteLevel") || nested.is_some_and(|s| s.iter().any(has_byte_level))
+    let nested = ["decoders", "pretokenizers"]
+        .iter()
+        .find_map(|k| step.get(*k))
+        .and_then(Value::as_array);
+    step.get("type").and_then(Value::as_str) == Some("ByteLevel")
+        || nested.is_some_and(|s| s.iter().any(has_byte_level))
 }
 
 /// The patterns of a pre-tokenizer's steps, `None` where a step is of a kind that no entry of the table has.
@@ -57,7 +67,13 @@ fn patterns(step: &Value) -> Option<Vec<&str>> {
     match text("type")? {
         "Sequence" => {
             let steps = step.get("pretokenizers")?.as_array()?;
-            Some(steps.iter().map(patterns).collect::<Option<Vec<_>>>()?.concat())
+            Some(
+                steps
+                    .iter()
+                    .map(patterns)
+                    .collect::<Option<Vec<_>>>()?
+                    .concat(),
+            )
         }
         "ByteLevel" if flag("add_prefix_space", true) => None,
         "ByteLevel" if flag("use_regex", true) => Some(vec![BYTE_LEVEL]),

@@ -49,13 +49,18 @@ pub(super) fn vocabulary(
     settings: Option<&Map<String, Value>>,
     n_vocab: usize,
 ) -> Result<Vocabulary, Error> {
-    let model = Model::decode(bytes).map_err(|e| bad(format!("it is not a SentencePiece model: {e}")))?;
+    let model =
+        Model::decode(bytes).map_err(|e| bad(format!("it is not a SentencePiece model: {e}")))?;
     if model.pieces.is_empty() {
-        return Err(bad("it is not a SentencePiece model: it has no pieces".to_owned()));
+        return Err(bad(
+            "it is not a SentencePiece model: it has no pieces".to_owned()
+        ));
     }
     let mut warnings = Vec::new();
     if model.trainer.as_ref().and_then(|t| t.model_type) != Some(2) {
-        warnings.push(format!("{FILE} is not a BPE model; llama.cpp will merge its pieces by score, not by likelihood"));
+        warnings.push(format!(
+            "{FILE} is not a BPE model; llama.cpp will merge its pieces by score, not by likelihood"
+        ));
     }
     if model.pieces.len() > n_vocab {
         warnings.push(format!(
@@ -85,12 +90,23 @@ pub(super) fn vocabulary(
         }
     };
     for (content, &id) in added {
-        place(usize::try_from(id).ok(), content.clone(), TokenType::UserDefined);
+        place(
+            usize::try_from(id).ok(),
+            content.clone(),
+            TokenType::UserDefined,
+        );
     }
-    let decoder = settings.and_then(|s| s.get("added_tokens_decoder")).and_then(Value::as_object);
+    let decoder = settings
+        .and_then(|s| s.get("added_tokens_decoder"))
+        .and_then(Value::as_object);
     for (id, token) in decoder.into_iter().flatten() {
-        let Some(content) = token.get("content").and_then(Value::as_str) else { continue };
-        let is_special = token.get("special").and_then(Value::as_bool).unwrap_or(false);
+        let Some(content) = token.get("content").and_then(Value::as_str) else {
+            continue;
+        };
+        let is_special = token
+            .get("special")
+            .and_then(Value::as_bool)
+            .unwrap_or(false);
         let (text, kind) = added_token(content, is_special);
         place(id.parse().ok(), text, kind);
     }
@@ -107,5 +123,8 @@ pub(super) fn vocabulary(
 }
 
 fn bad(reason: String) -> Error {
-    Error::Tokenizer { file: FILE.to_owned(), reason }
+    Error::Tokenizer {
+        file: FILE.to_owned(),
+        reason,
+    }
 }

@@ -64,12 +64,19 @@ pub(super) fn read(
         if matches!(kind, "eot" | "eom") && !around.names.contains_key(kind) {
             continue;
         }
-        if let Some(is_added) = settings.get(&format!("add_{kind}_token")).and_then(Value::as_bool) {
+        if let Some(is_added) = settings
+            .get(&format!("add_{kind}_token"))
+            .and_then(Value::as_bool)
+        {
             around.added.entry(kind).or_insert(is_added);
         }
         let name = around.names.get(kind).filter(|_| has_settings);
-        let named = name.and_then(|name| json?.added_tokens.iter().find(|t| t.content == *name)).map(|t| t.id);
-        let id = named.filter(|&id| id < n_vocab).or_else(|| config.token_id(&format!("{kind}_token_id")));
+        let named = name
+            .and_then(|name| json?.added_tokens.iter().find(|t| t.content == *name))
+            .map(|t| t.id);
+        let id = named
+            .filter(|&id| id < n_vocab)
+            .or_else(|| config.token_id(&format!("{kind}_token_id")));
         if let Some(id) = id.filter(|&id| id < n_vocab) {
             special.ids.push((key, id));
         }
@@ -103,7 +110,10 @@ impl Around {
                 names.insert(kind, name);
             }
         }
-        Around { names, added: BTreeMap::new() }
+        Around {
+            names,
+            added: BTreeMap::new(),
+        }
     }
 
     fn is(&self, kind: &str, name: &str) -> bool {
@@ -113,7 +123,11 @@ impl Around {
     /// Reads off the post-processor what it puts around one text and between two.
     fn follow(&mut self, post_processor: &Value) {
         let one = std::slice::from_ref(post_processor);
-        for step in post_processor.get("processors").and_then(Value::as_array).map_or(one, Vec::as_slice) {
+        for step in post_processor
+            .get("processors")
+            .and_then(Value::as_array)
+            .map_or(one, Vec::as_slice)
+        {
             match step.get("type").and_then(Value::as_str) {
                 Some("ByteLevel") => {
                     self.added.entry("bos").or_insert(false);
@@ -131,8 +145,19 @@ impl Around {
     }
 
     fn follow_template(&mut self, step: &Value) {
-        let pieces = |key: &str| step.get(key).and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
-        let special = |piece: &Value| piece.get("SpecialToken")?.get("id")?.as_str().map(str::to_owned);
+        let pieces = |key: &str| {
+            step.get(key)
+                .and_then(Value::as_array)
+                .map(Vec::as_slice)
+                .unwrap_or_default()
+        };
+        let special = |piece: &Value| {
+            piece
+                .get("SpecialToken")?
+                .get("id")?
+                .as_str()
+                .map(str::to_owned)
+        };
         let (single, pair) = (pieces("single"), pieces("pair"));
         let (mut first, mut last) = (None, None);
         if let [head, .., tail] = single {
@@ -142,11 +167,16 @@ impl Around {
         if let Some(first) = &first {
             self.names.entry("bos").or_insert_with(|| first.clone());
             self.names.entry("cls").or_insert_with(|| first.clone());
-            self.added.insert("bos", self.is("bos", first) || self.is("cls", first));
+            self.added
+                .insert("bos", self.is("bos", first) || self.is("cls", first));
         }
         if let Some(last) = &last {
             if !self.is("eos", last) {
-                let spare = if self.names.contains_key("eot") { "eom" } else { "eot" };
+                let spare = if self.names.contains_key("eot") {
+                    "eom"
+                } else {
+                    "eot"
+                };
                 if let Some(eos) = self.names.insert("eos", last.clone()) {
                     self.names.insert(spare, eos);
                 }
@@ -155,15 +185,22 @@ impl Around {
         }
         let skip_first = usize::from(first.is_some() && pair.first().and_then(special) == first);
         let skip_last = usize::from(last.is_some() && pair.last().and_then(special) == last);
-        let inner = pair.get(skip_first..pair.len().saturating_sub(skip_last)).unwrap_or_default();
-        let is_text = |piece: &Value, id: &str| piece.get("Sequence").and_then(|s| s.get("id")) == Some(&Value::from(id));
+        let inner = pair
+            .get(skip_first..pair.len().saturating_sub(skip_last))
+            .unwrap_or_default();
+        let is_text = |piece: &Value, id: &str| {
+            piece.get("Sequence").and_then(|s| s.get("id")) == Some(&Value::from(id))
+        };
         if let [a, middle @ .., b] = inner
             && is_text(a, "A")
             && is_text(b, "B")
             && !middle.is_empty()
         {
-            let separates = |piece: &Value| special(piece).is_some_and(|s| self.is("sep", &s) || self.is("eos", &s));
-            let is_added = (separates(&middle[0]) && last.is_none()) || (middle.len() == 2 && separates(&middle[1]));
+            let separates = |piece: &Value| {
+                special(piece).is_some_and(|s| self.is("sep", &s) || self.is("eos", &s))
+            };
+            let is_added = (separates(&middle[0]) && last.is_none())
+                || (middle.len() == 2 && separates(&middle[1]));
             self.added.insert("sep", is_added);
         }
     }
@@ -177,7 +214,10 @@ struct ChatTemplateJson {
 
 /// `chat_template` of `tokenizer_config.json`, else the file `chat_template.jinja` or `chat_template.json`. A list of
 /// named templates gives one key each, the one called `default` the plain key.
-fn templates(files: &Files<'_>, settings: &Map<String, Value>) -> Result<Vec<(String, MetaValue)>, Error> {
+fn templates(
+    files: &Files<'_>,
+    settings: &Map<String, Value>,
+) -> Result<Vec<(String, MetaValue)>, Error> {
     let template = match settings.get("chat_template").filter(|t| !t.is_null()) {
         Some(template) => template.clone(),
         None => match files.text("chat_template.jinja", SMALL_BYTES_MAX)? {
@@ -188,7 +228,9 @@ fn templates(files: &Files<'_>, settings: &Map<String, Value>) -> Result<Vec<(St
         },
     };
     let named = match template {
-        Value::String(text) => return Ok(vec![("chat_template".to_owned(), MetaValue::String(text))]),
+        Value::String(text) => {
+            return Ok(vec![("chat_template".to_owned(), MetaValue::String(text))]);
+        }
         Value::Array(named) => named,
         _ => return Ok(Vec::new()),
     };
@@ -196,20 +238,33 @@ fn templates(files: &Files<'_>, settings: &Map<String, Value>) -> Result<Vec<(St
     let mut others = BTreeMap::new();
     for choice in &named {
         let field = |key: &str| choice.get(key).and_then(Value::as_str);
-        let (Some(name), Some(text)) = (field("name").filter(|n| !n.is_empty()), field("template")) else { continue };
+        let (Some(name), Some(text)) = (field("name").filter(|n| !n.is_empty()), field("template"))
+        else {
+            continue;
+        };
         if name == "default" {
             plain = Some(text.to_owned());
         } else {
-            let safe: String = name.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '_' }).collect();
+            let safe: String = name
+                .chars()
+                .map(|c| if c.is_ascii_alphanumeric() { c } else { '_' })
+                .collect();
             others.insert(safe, text.to_owned());
         }
     }
     let mut keys = Vec::new();
     if !others.is_empty() {
         let names = others.keys().cloned().collect();
-        keys.push(("chat_templates".to_owned(), MetaValue::Array(MetaArray::Strings(names))));
+        keys.push((
+            "chat_templates".to_owned(),
+            MetaValue::Array(MetaArray::Strings(names)),
+        ));
     }
-    keys.extend(others.into_iter().map(|(name, text)| (format!("chat_template.{name}"), MetaValue::String(text))));
+    keys.extend(
+        others
+            .into_iter()
+            .map(|(name, text)| (format!("chat_template.{name}"), MetaValue::String(text))),
+    );
     keys.extend(plain.map(|text| ("chat_template".to_owned(), MetaValue::String(text))));
     Ok(keys)
 }
