@@ -11,6 +11,10 @@ use crate::lanes::{Lanes, abs, inverse_or_zero};
 /// Spreads below this are rounding noise of the smallest f16 scale (2^-24) and count as none.
 const SPREAD_MIN: f32 = 1e-10;
 
+/// A later try must be better by this much, in squares of the whole spread. Where several tries fit exactly, as on
+/// values of two kinds, all groups of a block so choose alike, and their scales agree in the few bits that are left.
+const TIE: f32 = 1e-8;
+
 /// The scale s that makes the squared error of `x ≈ s * q`, q in `-half..half`, small.
 /// `steps`: into how many steps the largest magnitude is cut, one entry for each try; negative where the largest
 /// value lands on the negative side.
@@ -41,8 +45,9 @@ pub(super) fn fit_scale<L: Lanes, const N: usize>(x: &[L; N], half: f32, steps: 
         let per_step = L::splat(1.0 / step);
         let error = correction.neg_mul_add(rq, rr) * per_step * per_step;
         let scale = (L::splat(1.0) + correction) * per_step;
-        scale_best = error.select_lt(error_best, scale, scale_best);
-        error_best = error.min(error_best);
+        let bar = error_best - L::splat(TIE);
+        scale_best = error.select_lt(bar, scale, scale_best);
+        error_best = error.select_lt(bar, error, error_best);
     }
     // A lane without spread has y = 0 everywhere and an extreme that is next to nothing.
     scale_best * L::splat(SPREAD_MIN).select_lt(abs(extreme), extreme, zero)
@@ -64,6 +69,14 @@ pub(super) enum Offset {
     NotNegative,
 }
 
+/// `x ≈ scale * q - offset`, real-valued, with the mean of the integers q that it was fitted to.
+#[derive(Clone, Copy)]
+pub(super) struct Line<L> {
+    pub(super) scale: L,
+    pub(super) offset: L,
+    pub(super) q_mean: L,
+}
+
 /// The scale and offset that make the squared error of `x ≈ scale * q - offset`, q in `0..=q_max`, small.
 /// `tries`: into how many steps the spread of the group is cut, and how many steps above 0 its lowest value is put.
 #[inline(always)]
@@ -72,7 +85,7 @@ pub(super) fn fit_scale_and_offset<L: Lanes, const N: usize>(
     q_max: f32,
     offset: Offset,
     tries: &[(f32, f32)],
-) -> (L, L) {
+) -> Line<L> {
     let (zero, one, n) = (L::splat(0.0), L::splat(1.0), L::splat(N as f32));
     let q_max = L::splat(q_max);
     let (mut low, high) = bounds(x);
@@ -89,7 +102,7 @@ pub(super) fn fit_scale_and_offset<L: Lanes, const N: usize>(
     let low_y = low * inverse;
 
     let mut error_best = L::splat(f32::MAX);
-    let (mut scale_best, mut low_best) = (zero, zero);
+    let (mut scale_best, mut low_best, mut q1_best) = (zero, zero, zero);
     for &(step, shift) in tries {
         let (step_lanes, shift, per_step) = (L::splat(step), L::splat(shift), L::splat(1.0 / step));
         let (mut rr, mut rq, mut r1) = (zero, zero, zero);
@@ -120,16 +133,19 @@ pub(super) fn fit_scale_and_offset<L: Lanes, const N: usize>(
             b = zero.select_lt(above, zero - start, b);
         }
         error = error * per_step * per_step;
-        scale_best = error.select_lt(error_best, (one + a) * per_step, scale_best);
-        low_best = error.select_lt(error_best, (b - shift) * per_step, low_best);
-        error_best = error.min(error_best);
+        let bar = error_best - L::splat(TIE);
+        scale_best = error.select_lt(bar, (one + a) * per_step, scale_best);
+        low_best = error.select_lt(bar, (b - shift) * per_step, low_best);
+        q1_best = error.select_lt(bar, q1, q1_best);
+        error_best = error.select_lt(bar, error, error_best);
     }
     // A lane without spread has y = 0 everywhere: no scale, and its one value as the offset.
     let offset = zero - low;
-    (
-        spread_min.select_lt(spread, scale_best * spread, zero),
-        spread_min.select_lt(spread, low_best.neg_mul_add(spread, offset), offset),
-    )
+    Line {
+        scale: spread_min.select_lt(spread, scale_best * spread, zero),
+        offset: spread_min.select_lt(spread, low_best.neg_mul_add(spread, offset), offset),
+        q_mean: q1_best * L::splat(1.0 / N as f32),
+    }
 }
 
 /// The least and the greatest value.

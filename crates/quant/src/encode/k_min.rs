@@ -5,7 +5,7 @@
 //!
 //! Invariant: of everything tried, a block keeps what decodes with the least squared error.
 
-use super::fit::{Offset, ResidualWithOffset, fit_scale_and_offset};
+use super::fit::{Line, Offset, ResidualWithOffset, fit_scale_and_offset};
 use super::{one_by_one, side_by_side};
 use crate::lanes::{Lanes, N_LANES, covering_f16, finite_f16, inverse_or_zero};
 
@@ -16,35 +16,43 @@ const N_GROUPS: usize = 8;
 /// The largest 6-bit scale or minimum.
 const S_MAX: f32 = 63.0;
 
-const Q4_K_STEPS: [(f32, f32); 10] = [
-    (12.8, 0.0),
-    (13.4, 0.0),
-    (13.9, 0.0),
-    (14.3, 0.0),
+/// Tries of `fit_scale_and_offset`, found by measuring: beyond the span of the group, cutting its extremes pays; a shift
+/// helps where a single outlier stretches the span.
+const Q4_K_TRIES: [(f32, f32); 14] = [
+    (15.0, 0.0),
     (14.6, 0.0),
-    (14.9, 0.0),
-    (15.2, 0.0),
-    (15.5, 0.0),
+    (14.3, 0.0),
+    (13.9, 0.0),
+    (13.4, 0.0),
+    (12.8, 0.0),
+    (15.3, 0.0),
+    (15.6, 0.0),
     (15.9, 0.0),
     (16.4, 0.0),
+    (13.5, 0.3),
+    (14.2, -0.3),
+    (14.8, 0.3),
+    (15.2, -0.3),
 ];
-const Q5_K_STEPS: [(f32, f32); 9] = [
-    (28.6, 0.0),
-    (29.4, 0.0),
-    (30.0, 0.0),
-    (30.4, 0.0),
-    (30.8, 0.0),
-    (31.2, 0.0),
-    (31.6, 0.0),
-    (32.0, 0.0),
-    (32.6, 0.0),
+const Q5_K_TRIES: [(f32, f32); 11] = [
+    (31.0, 0.0),
+    (30.6, 0.0),
+    (30.2, 0.0),
+    (29.6, 0.0),
+    (28.8, 0.0),
+    (31.4, 0.0),
+    (31.8, 0.0),
+    (32.2, 0.0),
+    (32.7, 0.0),
+    (29.8, 0.3),
+    (31.3, -0.3),
 ];
 
 #[inline(always)]
 pub(super) fn encode_q4_k<L: Lanes>(values: &[f32], blocks: &mut [u8]) {
     let blocks = blocks.as_chunks_mut::<144>().0;
     for (values, blocks) in values.chunks(2 * 256).zip(blocks.chunks_mut(2)) {
-        let found = find::<L>(&side_by_side(values), 15.0, &Q4_K_STEPS);
+        let found = find::<L>(&side_by_side(values), 15.0, &Q4_K_TRIES);
         for (half, block) in blocks.iter_mut().enumerate() {
             block[..16].copy_from_slice(&found.header(half));
             pack_low_4_bits(found.groups(half), &mut block[16..]);
@@ -56,7 +64,7 @@ pub(super) fn encode_q4_k<L: Lanes>(values: &[f32], blocks: &mut [u8]) {
 pub(super) fn encode_q5_k<L: Lanes>(values: &[f32], blocks: &mut [u8]) {
     let blocks = blocks.as_chunks_mut::<176>().0;
     for (values, blocks) in values.chunks(2 * 256).zip(blocks.chunks_mut(2)) {
-        let found = find::<L>(&side_by_side(values), 31.0, &Q5_K_STEPS);
+        let found = find::<L>(&side_by_side(values), 31.0, &Q5_K_TRIES);
         for (half, block) in blocks.iter_mut().enumerate() {
             block[..16].copy_from_slice(&found.header(half));
             let groups = found.groups(half);
@@ -166,67 +174,68 @@ impl<L: Lanes> Choice<L> {
     }
 }
 
-/// Real-valued scale and offset of each group, and the mean of its integers.
-#[derive(Clone, Copy)]
-struct Line<L> {
-    scale: L,
-    offset: L,
-    q_mean: L,
-}
-
-const DIVISORS: [(f32, f32); 3] = [(63.0, 63.0), (62.0, 61.0), (60.0, 62.0)];
-const MORE: [f32; 3] = [0.0, -1.0, 1.0];
+/// The 6-bit integers that the largest scale and the largest offset of a block may get. Each pair leads to other f16
+/// and other roundings of all groups, of which the block keeps the best.
+const TOPS: [(f32, f32); 4] = [(63.0, 63.0), (62.0, 61.0), (60.0, 62.0), (58.0, 58.0)];
+/// The 6-bit scales tried around the nearest.
+const AROUND: [f32; 3] = [0.0, -1.0, 1.0];
 
 #[inline(always)]
-fn find<L: Lanes>(x: &[L; GROUP], q_max: f32, steps: &[(f32, f32)]) -> Found {
-    let (scale, offset) = fit_scale_and_offset(x, q_max, Offset::NotNegative, steps);
-    let (scale_max, offset_max) = (over_block(scale, f32::max), over_block(offset, f32::max));
-    let fitted = Line {
-        scale,
-        offset,
-        q_mean: L::splat(0.5 * q_max),
+fn find<L: Lanes>(x: &[L; GROUP], q_max: f32, tries: &[(f32, f32)]) -> Found {
+    let zero = L::splat(0.0);
+    let fitted = fit_scale_and_offset(x, q_max, Offset::NotNegative, tries);
+    let (scale_max, offset_max) = (
+        over_block(fitted.scale, f32::max),
+        over_block(fitted.offset, f32::max),
+    );
+    let nothing = ResidualWithOffset {
+        ee: zero,
+        eq: zero,
+        e1: zero,
+        qq: zero,
+        q1: zero,
     };
-    let mut best: Option<(Choice<L>, L)> = None;
-    for (d_divisor, dm_divisor) in DIVISORS {
-        let mut d = covering_f16(scale_max * L::splat(1.0 / d_divisor), 0.5 / S_MAX);
-        let mut dm = covering_f16(offset_max * L::splat(1.0 / dm_divisor), 0.5 / S_MAX);
-        let mut choice = round_to(fitted, 0.0, d, dm, x, q_max);
-        for again in [true, false] {
-            let line = choice.line();
-            if !again {
-                choice = round_to(line, 0.0, d, dm, x, q_max);
-            }
-            for more in MORE {
-                let other = round_to(line, more, d, dm, x, q_max);
+    let mut best = Choice {
+        d: zero,
+        dm: zero,
+        s: zero,
+        m: zero,
+        residual: nothing,
+    };
+    let mut error_best = L::splat(f32::MAX);
+    for (top, top_m) in TOPS {
+        let mut d = covering_f16(scale_max * L::splat(1.0 / top), 0.5 / S_MAX);
+        let mut dm = covering_f16(offset_max * L::splat(1.0 / top_m), 0.5 / S_MAX);
+        let mut line = fitted;
+        for _ in 0..2 {
+            let mut choice = round_to(line, AROUND[0], d, dm, x, q_max);
+            for more in &AROUND[1..] {
+                let other = round_to(line, *more, d, dm, x, q_max);
                 choice = other.or(choice, other.residual.ee, choice.residual.ee);
             }
             let error = over_block(choice.residual.ee, |a, b| a + b);
-            best = Some(match best {
-                None => (choice, error),
-                Some((other, error_other)) => {
-                    (choice.or(other, error, error_other), error.min(error_other))
-                }
-            });
+            best = choice.or(best, error, error_best);
+            error_best = error.min(error_best);
+            line = choice.line();
             (d, dm) = refit(&choice);
         }
     }
-    let choice = best.unwrap().0;
-    let scale = choice.d * choice.s;
-    let offset = choice.dm * choice.m;
+    let scale = best.d * best.s;
+    let offset = best.dm * best.m;
     let inverse = inverse_or_zero(scale);
     let mut q = *x;
     for q in &mut q {
         *q = ((*q + offset) * inverse)
-            .max(L::splat(0.0))
+            .max(zero)
             .min(L::splat(q_max))
             .round();
     }
     Found {
         q: one_by_one(&q),
-        s: choice.s.to_i8(),
-        m: choice.m.to_i8(),
-        d: choice.d.to_f16(),
-        dm: choice.dm.to_f16(),
+        s: best.s.to_i8(),
+        m: best.m.to_i8(),
+        d: best.d.to_f16(),
+        dm: best.dm.to_f16(),
     }
 }
 
@@ -272,17 +281,13 @@ fn refit<L: Lanes>(choice: &Choice<L>) -> (L, L) {
     let product = a11 * a22;
     let determinant = product - a12 * a12;
     let per_determinant = inverse_or_zero(determinant);
+    // Nearly parallel: the minima stay, and the scale alone is fitted.
     let regular = product * L::splat(1e-4);
-    let more_d = regular.select_lt(
-        determinant,
-        (b1 * a22 - b2 * a12) * per_determinant,
-        b1 * inverse_or_zero(a11),
-    );
     let more_dm = regular.select_lt(determinant, (a11 * b2 - a12 * b1) * per_determinant, zero);
-    (
-        finite_f16((choice.d + more_d).max(zero)),
-        finite_f16((choice.dm + more_dm).max(zero)),
-    )
+    let dm = finite_f16((choice.dm + more_dm).max(zero));
+    // The scale answers to the minimum as rounded.
+    let more_d = (b1 - a12 * (dm - choice.dm)) * inverse_or_zero(a11);
+    (finite_f16((choice.d + more_d).max(zero)), dm)
 }
 
 /// Combines the lanes of each block, in their order, and gives the result to each of them.

@@ -11,9 +11,16 @@ const GROUP: usize = 16;
 const Q_MIN: f32 = -32.0;
 const Q_MAX: f32 = 31.0;
 
+/// Tries of `fit_scale`, found by measuring.
 const STEPS: [f32; 12] = [
-    -32.8, -32.3, -31.9, -31.5, -31.1, -30.6, -30.0, 30.0, 30.5, 31.0, 31.4, 31.8,
+    -32.0, -31.5, -31.1, -30.6, -30.0, -32.4, -32.8, 31.0, 30.5, 30.0, 31.4, 31.8,
 ];
+
+/// The magnitudes that the largest scale of a block may get among its 8-bit integers. Each leads to another f16 and
+/// other roundings of all groups, of which the block keeps the best.
+const TOPS: [f32; 2] = [128.0, 125.0];
+/// The 8-bit scales tried around the nearest.
+const AROUND: [f32; 7] = [0.0, -1.0, 1.0, -2.0, 2.0, -3.0, 4.0];
 
 #[inline(always)]
 pub(super) fn encode_q6_k<L: Lanes>(values: &[f32], blocks: &mut [u8]) {
@@ -25,37 +32,36 @@ pub(super) fn encode_q6_k<L: Lanes>(values: &[f32], blocks: &mut [u8]) {
 
 #[inline(always)]
 fn encode_block<L: Lanes>(x: &[L; GROUP], block: &mut [u8; 210]) {
+    let zero = L::splat(0.0);
     let fitted = fit_scale(x, -Q_MIN, &STEPS);
-    let mut best: Option<(Choice<L>, f32)> = None;
-    for divisor in DIVISORS {
-        let mut d = block_scale(fitted, divisor);
+    let mut best = Choice {
+        d: zero,
+        s: zero,
+        residual: Residual {
+            ee: zero,
+            eq: zero,
+            qq: zero,
+        },
+    };
+    let mut error_best = f32::MAX;
+    for top in TOPS {
+        let mut d = block_scale(fitted, top);
         let mut scale = fitted;
         for _ in 0..2 {
-            let mut choice = round_to(scale, 0.0, d, x);
-            for more in MORE {
-                choice = choice.or(round_to(scale, more, d, x));
+            let mut choice = round_to(scale, AROUND[0], d, x);
+            for more in &AROUND[1..] {
+                choice = choice.or(round_to(scale, *more, d, x));
             }
             let error = sum(choice.residual.ee);
-            if best.is_none_or(|(_, error_best)| error < error_best) {
-                best = Some((choice, error));
+            if error < error_best {
+                (best, error_best) = (choice, error);
             }
             scale = d * choice.s + choice.residual.correction();
-            let qq = sum(choice.s * choice.s * choice.residual.qq);
-            let more_d = if qq > 0.0 {
-                sum(choice.s * choice.residual.eq) / qq
-            } else {
-                0.0
-            };
-            d = finite_f16(d + L::splat(more_d));
+            d = refit(&choice);
         }
     }
-    let Choice {
-        d: d_best,
-        s: s_best,
-        ..
-    } = best.unwrap().0;
 
-    let inverse = inverse_or_zero(d_best * s_best);
+    let inverse = inverse_or_zero(best.d * best.s);
     let mut q = *x;
     for q in &mut q {
         *q = (*q * inverse)
@@ -64,11 +70,8 @@ fn encode_block<L: Lanes>(x: &[L; GROUP], block: &mut [u8; 210]) {
             .round()
             - L::splat(Q_MIN);
     }
-    pack(&one_by_one(&q), s_best.to_i8(), d_best.to_f16()[0], block);
+    pack(&one_by_one(&q), best.s.to_i8(), best.d.to_f16()[0], block);
 }
-
-const DIVISORS: [f32; 2] = [128.0, 125.0];
-const MORE: [f32; 6] = [-1.0, 1.0, -2.0, 2.0, -3.0, 4.0];
 
 /// A way to write a block, and what it leaves of each group.
 #[derive(Clone, Copy)]
@@ -97,6 +100,7 @@ impl<L: Lanes> Choice<L> {
     }
 }
 
+/// The 8-bit scales nearest to `scale` under the block's f16, with `more` added.
 #[inline(always)]
 fn round_to<L: Lanes>(scale: L, more: f32, d: L, x: &[L; GROUP]) -> Choice<L> {
     let s = (scale * inverse_or_zero(d) + L::splat(more))
@@ -110,16 +114,25 @@ fn round_to<L: Lanes>(scale: L, more: f32, d: L, x: &[L; GROUP]) -> Choice<L> {
     }
 }
 
-/// The f16 under which the largest scale becomes -128 (one more than +127 can hold).
+/// The block's f16 that fits best, given all 8-bit integers and the integers of the values: least squares over the block.
 #[inline(always)]
-fn block_scale<L: Lanes>(scale: L, divisor: f32) -> L {
+fn refit<L: Lanes>(choice: &Choice<L>) -> L {
+    let Choice { d, s, residual } = *choice;
+    let more_d =
+        L::splat(sum(s * residual.eq)) * inverse_or_zero(L::splat(sum(s * s * residual.qq)));
+    finite_f16(d + more_d)
+}
+
+/// The f16 under which the largest scale becomes `-top`. (Negative, for -128 fits in 8 bits and 128 does not.)
+#[inline(always)]
+fn block_scale<L: Lanes>(scale: L, top: f32) -> L {
     let mut extreme = 0.0f32;
     for x in scale.store() {
         if x.abs() > extreme.abs() {
             extreme = x;
         }
     }
-    let magnitude = covering_f16(L::splat(extreme.abs() * (1.0 / divisor)), 0.5 / 128.0);
+    let magnitude = covering_f16(L::splat(extreme.abs() * (1.0 / top)), 0.5 / 128.0);
     magnitude * L::splat(if extreme > 0.0 { -1.0 } else { 1.0 })
 }
 
@@ -135,7 +148,7 @@ fn sum<L: Lanes>(x: L) -> f32 {
 
 #[inline(always)]
 fn pack(q: &[[u8; GROUP]; N_LANES], s: [i8; N_LANES], d: u16, block: &mut [u8; 210]) {
-    let q: &[u8; 256] = q.as_flattened().as_chunks().0.first().unwrap();
+    let q: &[u8; 256] = &q.as_flattened().as_chunks().0[0];
     for half in 0..2 {
         let q = &q[128 * half..][..128];
         for i in 0..32 {

@@ -4,7 +4,7 @@
 //! scale that spans the block is always among the candidates. Sixteen blocks are encoded at once.
 
 use super::fit::{
-    Offset, Residual, ResidualWithOffset, bounds, extreme, fit_scale, fit_scale_and_offset,
+    Line, Offset, Residual, ResidualWithOffset, bounds, extreme, fit_scale, fit_scale_and_offset,
 };
 use super::{one_by_one, side_by_side};
 use crate::lanes::{Lanes, N_LANES, abs, covering_f16, finite_f16, inverse_or_zero};
@@ -13,18 +13,18 @@ use crate::lanes::{Lanes, N_LANES, abs, covering_f16, finite_f16, inverse_or_zer
 const LEN: usize = 32;
 
 const Q4_0_STEPS: [f32; 12] = [
-    -8.8, -8.4, -8.0, -7.7, -7.4, -7.1, -6.8, 6.6, 6.9, 7.2, 7.5, 7.9,
+    -8.0, -7.7, -7.4, -7.1, -6.8, -8.4, -8.8, 7.2, 6.9, 6.6, 7.5, 7.9,
 ];
 const Q5_0_STEPS: [f32; 10] = [
-    -16.6, -16.2, -15.8, -15.4, -15.0, -14.6, 14.6, 15.0, 15.4, 15.8,
+    -16.0, -15.6, -15.2, -14.8, -16.3, -16.6, 15.0, 14.6, 15.4, 15.8,
 ];
 const Q4_1_TRIES: [(f32, f32); 9] = [
-    (13.0, 0.0),
-    (13.5, 0.0),
-    (14.0, 0.0),
-    (14.3, 0.0),
-    (14.6, 0.0),
     (15.0, 0.0),
+    (14.6, 0.0),
+    (14.3, 0.0),
+    (14.0, 0.0),
+    (13.5, 0.0),
+    (13.0, 0.0),
     (15.4, 0.0),
     (15.8, 0.0),
     (16.2, 0.0),
@@ -49,7 +49,7 @@ pub(super) fn encode_q5_0<L: Lanes>(values: &[f32], blocks: &mut [u8]) {
         let x = &side_by_side::<L, LEN>(values);
         let d = signed_scale(x, 16.0, &Q5_0_STEPS);
         let mut q = quantise(x, d, -16.0, 15.0);
-        shift(&mut q, 16.0);
+        shift(&mut q, L::splat(16.0));
         for ((block, q), d) in blocks.iter_mut().zip(one_by_one(&q)).zip(d.to_f16()) {
             block[..2].copy_from_slice(&d.to_le_bytes());
             let mut h = 0;
@@ -70,7 +70,7 @@ pub(super) fn encode_q4_0<L: Lanes>(values: &[f32], blocks: &mut [u8]) {
         let x = &side_by_side::<L, LEN>(values);
         let d = signed_scale(x, 8.0, &Q4_0_STEPS);
         let mut q = quantise(x, d, -8.0, 7.0);
-        shift(&mut q, 8.0);
+        shift(&mut q, L::splat(8.0));
         for ((block, q), d) in blocks.iter_mut().zip(one_by_one(&q)).zip(d.to_f16()) {
             block[..2].copy_from_slice(&d.to_le_bytes());
             for i in 0..16 {
@@ -85,12 +85,9 @@ pub(super) fn encode_q4_1<L: Lanes>(values: &[f32], blocks: &mut [u8]) {
     for (values, blocks) in sixteens::<20>(values, blocks) {
         let x = &side_by_side::<L, LEN>(values);
         let (d, m) = scale_and_minimum(x);
-        let mut q = *x;
-        shift(&mut q, 0.0);
-        for q in &mut q {
-            *q = *q - m;
-        }
-        let q = quantise(&q, d, 0.0, 15.0);
+        let mut above = *x;
+        shift(&mut above, L::splat(0.0) - m);
+        let q = quantise(&above, d, 0.0, 15.0);
         let (d, m) = (d.to_f16(), m.to_f16());
         for (g, (block, q)) in blocks.iter_mut().zip(one_by_one(&q)).enumerate() {
             block[..2].copy_from_slice(&d[g].to_le_bytes());
@@ -138,7 +135,7 @@ fn scale_and_minimum<L: Lanes>(x: &[L; LEN]) -> (L, L) {
         finite_f16(low),
     );
     let mut error_best = ResidualWithOffset::of(x, d_best, zero - m_best, 15.0).ee;
-    let (scale, offset) = fit_scale_and_offset(x, 15.0, Offset::Free, &Q4_1_TRIES);
+    let Line { scale, offset, .. } = fit_scale_and_offset(x, 15.0, Offset::Free, &Q4_1_TRIES);
     let (mut d, mut m) = (finite_f16(scale), finite_f16(zero - offset));
     for _ in 0..2 {
         let residual = ResidualWithOffset::of(x, d, zero - m, 15.0);
@@ -164,8 +161,8 @@ fn quantise<L: Lanes>(x: &[L; LEN], scale: L, q_min: f32, q_max: f32) -> [L; LEN
 }
 
 #[inline(always)]
-fn shift<L: Lanes>(q: &mut [L; LEN], by: f32) {
+fn shift<L: Lanes>(q: &mut [L; LEN], by: L) {
     for q in q {
-        *q = *q + L::splat(by);
+        *q = *q + by;
     }
 }
