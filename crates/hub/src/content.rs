@@ -74,7 +74,7 @@ mod tests {
         );
         assert_eq!(
             sha256_of_file(file.path()).unwrap(),
-            "5891b5b522d5df086d0ff0b110fbd9d21bb4fc7163af34d08286a2e746f6be03"
+            "5891b5b522d5df086d0ff0b110fbd9d21bb4fc7163af34d08286a2e846f6be03"
         );
     }
 }
