@@ -1,25 +1,443 @@
-//! What only the network knows about a plan.
+//! What only the network knows about a plan: the source's commit and tensors, what the extraction would write, what the
+//! target holds, whether the collection is there.
+//!
+//! Invariant: nothing is changed anywhere, and nothing here fails: what cannot be learnt becomes a warning that says
+//! why, because a publication may go on without it.
 
+use std::collections::BTreeMap;
+use std::error::Error;
 use std::fmt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
+use hub::{Hub, RepoId, Settings, Snapshot};
 use serde::Serialize;
+use vindex::{
+    Checkpoint, Dtype, INDEX_FILE, Index, LocalDir, Plan, Recipe, Source as Files, VindexId,
+};
 
+use crate::card::License;
+use crate::larql;
 use crate::plan::PublishPlan;
+use crate::space::free_bytes;
 
-/// What the Hub told about a plan's source and target.
+/// How long a Hub that does not answer is asked again.
+const PATIENCE: Duration = Duration::from_secs(8);
+const INDEX_BYTES_MAX: u64 = 64 << 20;
+
+/// What was learnt about a plan's source and target.
 #[derive(Debug, Clone, Default, Serialize)]
 pub(crate) struct Inspection {
+    pub(crate) source: Source,
+    /// What `larql extract` would write, when it is ours; `None` when that cannot be told.
+    pub(crate) extraction: Option<Extraction>,
     /// The most bytes that scratch holds at a time, when the source's sizes are known.
     pub(crate) disk_needed_bytes: Option<u64>,
+    pub(crate) disk_free_bytes: Option<u64>,
+    pub(crate) target: Target,
+    /// Whether the collection is there; `None` when filing is off, or it cannot be told.
+    pub(crate) collection_exists: Option<bool>,
+    pub(crate) larql: Option<Larql>,
+    pub(crate) warnings: Vec<String>,
 }
 
-/// Asks the Hub about the source and the target of `plan`.
-pub(crate) async fn inspect(_plan: &PublishPlan, _hub: &hub::Hub) -> Inspection {
-    Inspection::default()
+/// The checkpoint.
+#[derive(Debug, Clone, Default, Serialize)]
+pub(crate) struct Source {
+    /// A directory here, which has no commit.
+    pub(crate) is_local: bool,
+    /// `None` when it cannot be told.
+    pub(crate) commit: Option<String>,
+    pub(crate) license: License,
+    /// Length of its safetensors files.
+    pub(crate) size_bytes: Option<u64>,
+    /// How many tensors of each type.
+    pub(crate) dtypes: BTreeMap<String, usize>,
+}
+
+/// What an extraction writes.
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct Extraction {
+    pub(crate) stem: String,
+    pub(crate) n_parts: usize,
+    pub(crate) size_bytes: u64,
+    pub(crate) types: BTreeMap<String, Kind>,
+    pub(crate) n_left_out: usize,
+}
+
+/// The tensors of one type.
+#[derive(Debug, Clone, Default, Serialize)]
+pub(crate) struct Kind {
+    pub(crate) n_tensors: usize,
+    pub(crate) size_bytes: u64,
+}
+
+/// The repository that is published to.
+#[derive(Debug, Clone, Default, Serialize)]
+pub(crate) struct Target {
+    /// `None` when it cannot be told.
+    pub(crate) exists: Option<bool>,
+    pub(crate) commit: Option<String>,
+    /// The vindex that it holds now.
+    pub(crate) vindex: Option<String>,
+    /// Parts of that one that have no place in the new one.
+    pub(crate) deletions: Vec<String>,
+}
+
+/// The program that would do the work.
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct Larql {
+    pub(crate) path: PathBuf,
+    pub(crate) version: Option<String>,
+}
+
+/// Asks the Hub about the source and the target of `plan`, and looks at this machine.
+pub(crate) async fn inspect(plan: &PublishPlan, hub: &Hub, larql: Option<&Path>) -> Inspection {
+    let settings = hub.settings();
+    let settings = Settings {
+        give_up_after: settings.give_up_after.min(PATIENCE),
+        ..settings.clone()
+    };
+    let hub = &Hub::new(settings).unwrap_or_else(|_| hub.clone());
+    let (source, target, collection, larql) = tokio::join!(
+        source(plan, hub),
+        target(plan, hub),
+        collection(plan, hub),
+        program(larql)
+    );
+    let mut inspection = Inspection {
+        disk_free_bytes: free_bytes(&plan.scratch),
+        larql,
+        ..Inspection::default()
+    };
+    let SourceFound {
+        source,
+        extraction,
+        disk_needed_bytes,
+        warnings,
+    } = source;
+    inspection.warnings.extend(warnings);
+    (inspection.source, inspection.disk_needed_bytes) = (source, disk_needed_bytes);
+    match target {
+        Ok((target, parts)) => {
+            inspection.target = target;
+            if let Some(extraction) = &extraction {
+                inspection.target.deletions = parts
+                    .into_iter()
+                    .filter(|part| !extraction.writes(part))
+                    .collect();
+            }
+        }
+        Err(error) => inspection.warnings.push(warning(
+            "what the target repository holds is unknown",
+            &*error,
+        )),
+    }
+    inspection.extraction = extraction;
+    match collection {
+        Ok(exists) => inspection.collection_exists = exists,
+        Err(error) => inspection.warnings.push(warning(
+            "whether the collection is there is unknown",
+            &error,
+        )),
+    }
+    if let (Some(needed), Some(free)) = (inspection.disk_needed_bytes, inspection.disk_free_bytes)
+        && needed > free
+    {
+        inspection.warnings.push(format!(
+            "scratch has {free} bytes free and the extraction needs {needed}"
+        ));
+    }
+    inspection
+}
+
+type Unknown = Box<dyn Error + Send + Sync>;
+
+fn warning(what: &str, error: &(dyn Error + 'static)) -> String {
+    let mut text = format!("{what}: {error}");
+    let mut next = error.source();
+    while let Some(error) = next {
+        text = format!("{text}: {error}");
+        next = error.source();
+    }
+    text
+}
+
+#[derive(Default)]
+struct SourceFound {
+    source: Source,
+    extraction: Option<Extraction>,
+    disk_needed_bytes: Option<u64>,
+    warnings: Vec<String>,
+}
+
+async fn source(plan: &PublishPlan, hub: &Hub) -> SourceFound {
+    let mut found = SourceFound::default();
+    let recipe = plan.quant.parse::<Recipe>();
+    let local = Path::new(&plan.source_model);
+    let read = if local.is_dir() {
+        found.source.is_local = true;
+        let local = local.to_owned();
+        tokio::task::spawn_blocking(move || read(&LocalDir::open(&local)?, recipe?)).await
+    } else {
+        match snapshot(plan, hub, &mut found).await {
+            Ok(snapshot) => tokio::task::spawn_blocking(move || read(&snapshot, recipe?)).await,
+            Err(text) => {
+                found.warnings.push(text);
+                return found;
+            }
+        }
+    };
+    match read {
+        Ok(Ok(read)) => {
+            (found.source.size_bytes, found.source.dtypes) = (Some(read.size_bytes), read.dtypes);
+            found.extraction = read.extraction;
+            found.disk_needed_bytes = read.disk_needed_bytes;
+            found.warnings.extend(read.warnings);
+        }
+        Ok(Err(error)) => found
+            .warnings
+            .push(warning("what would be extracted is unknown", &*error)),
+        Err(error) => found
+            .warnings
+            .push(warning("what would be extracted is unknown", &error)),
+    }
+    found
+}
+
+/// The source at its commit, with what its card says.
+async fn snapshot(
+    plan: &PublishPlan,
+    hub: &Hub,
+    found: &mut SourceFound,
+) -> Result<Snapshot, String> {
+    let unknown = |error| warning("the source's commit and license are unknown", &error);
+    let repo: RepoId = plan.source_model.parse().map_err(unknown)?;
+    let info = hub.model_info(&repo, None).await.map_err(unknown)?;
+    found.source.license = License::of(&info.card_data);
+    let commit = info.sha.ok_or_else(|| format!("{repo} names no commit"))?;
+    found.source.commit = Some(commit.to_string());
+    let unlisted = |error| warning("what would be extracted is unknown", &error);
+    hub.snapshot_at(&repo, &commit).await.map_err(unlisted)
+}
+
+#[derive(Default)]
+struct Read {
+    size_bytes: u64,
+    dtypes: BTreeMap<String, usize>,
+    extraction: Option<Extraction>,
+    disk_needed_bytes: Option<u64>,
+    warnings: Vec<String>,
+}
+
+/// Headers, configuration and tokenizer, read by blocking calls.
+fn read(source: &dyn Files, recipe: Recipe) -> Result<Read, Unknown> {
+    let mut read = Read::default();
+    let files = source.files()?;
+    read.size_bytes = files
+        .iter()
+        .filter(|file| file.path.ends_with(".safetensors"))
+        .map(|file| file.size_bytes)
+        .sum();
+    for (_, tensor) in Checkpoint::open(source)?.tensors() {
+        *read.dtypes.entry(dtype_name(tensor.dtype)).or_default() += 1;
+    }
+    match vindex::plan(source, recipe) {
+        Ok(plan) => {
+            let extraction = Extraction::of(&plan);
+            // Part 1 holds the tokenizer as it is and as GGUF arrays; the headers are small beside it.
+            let tokenizer: u64 = files
+                .iter()
+                .filter(|f| f.path.starts_with("tokenizer"))
+                .map(|f| f.size_bytes)
+                .sum();
+            read.disk_needed_bytes = Some(extraction.size_bytes + 2 * tokenizer);
+            read.extraction = Some(extraction);
+            read.warnings = plan.warnings;
+        }
+        Err(error) => read
+            .warnings
+            .push(warning("what would be extracted is unknown", &error)),
+    }
+    Ok(read)
+}
+
+fn dtype_name(dtype: Dtype) -> String {
+    dtype.to_string()
+}
+
+impl Extraction {
+    fn of(plan: &Plan) -> Extraction {
+        let mut types: BTreeMap<String, Kind> = BTreeMap::new();
+        for tensor in plan.parts.iter().flat_map(|part| &part.tensors) {
+            let n_values = tensor.ne.iter().fold(1u64, |n, &d| n.saturating_mul(d));
+            let n_blocks = n_values / tensor.block_type.block_len() as u64;
+            let kind = types.entry(tensor.block_type.to_string()).or_default();
+            kind.n_tensors += 1;
+            kind.size_bytes += n_blocks.saturating_mul(tensor.block_type.block_bytes() as u64);
+        }
+        Extraction {
+            stem: plan.stem.clone(),
+            n_parts: plan.parts.len(),
+            size_bytes: types.values().map(|kind| kind.size_bytes).sum(),
+            types,
+            n_left_out: plan.left_out.len(),
+        }
+    }
+
+    /// Whether it writes a part of this name.
+    fn writes(&self, part: &str) -> bool {
+        (1..=self.n_parts)
+            .any(|number| part == format!("{}-{number:05}-of-{:05}.gguf", self.stem, self.n_parts))
+    }
+}
+
+/// The target, and the parts of the vindex that it holds now.
+async fn target(plan: &PublishPlan, hub: &Hub) -> Result<(Target, Vec<String>), Unknown> {
+    let repo: RepoId = plan.target_repo.parse()?;
+    let commit = match hub.model_info(&repo, None).await {
+        Ok(info) => info.sha,
+        Err(hub::Error::RepoNotFound { .. }) => {
+            return Ok((
+                Target {
+                    exists: Some(false),
+                    ..Target::default()
+                },
+                Vec::new(),
+            ));
+        }
+        Err(error) => return Err(error.into()),
+    };
+    let mut target = Target {
+        exists: Some(true),
+        commit: commit.as_ref().map(ToString::to_string),
+        ..Target::default()
+    };
+    let Some(commit) = commit else {
+        return Ok((target, Vec::new()));
+    };
+    let snapshot = hub.snapshot_at(&repo, &commit).await?;
+    if snapshot.file(INDEX_FILE).is_err() {
+        return Ok((target, Vec::new()));
+    }
+    let text = snapshot.read_file(INDEX_FILE, INDEX_BYTES_MAX).await?;
+    let Ok(index) = Index::from_json(&text) else {
+        return Ok((target, Vec::new()));
+    };
+    target.vindex = Some(VindexId::of(&text).to_string());
+    let there = index
+        .parts
+        .into_iter()
+        .map(|part| part.file)
+        .filter(|part| snapshot.file(part).is_ok());
+    Ok((target, there.collect()))
+}
+
+async fn collection(plan: &PublishPlan, hub: &Hub) -> Result<Option<bool>, hub::Error> {
+    let Some(slug) = &plan.collection else {
+        return Ok(None);
+    };
+    match hub.collection(slug).await {
+        Ok(_) => Ok(Some(true)),
+        Err(error) if error.answer().is_some_and(|answer| answer.status == 404) => Ok(Some(false)),
+        Err(error) => Err(error),
+    }
+}
+
+async fn program(path: Option<&Path>) -> Option<Larql> {
+    let path = path?.to_owned();
+    let version = larql::version(&path).await;
+    Some(Larql { path, version })
 }
 
 impl fmt::Display for Inspection {
-    fn fmt(&self, _f: &mut fmt::Formatter<'_>) -> fmt::Result {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut line = |label: &str, value: &dyn fmt::Display| {
+            writeln!(f, "{:<20}{value}", format!("{label}:"))
+        };
+        match (&self.source.commit, self.source.is_local) {
+            (Some(commit), _) => line("source commit", commit)?,
+            (None, true) => line("source commit", &"none (a directory here)")?,
+            (None, false) => line("source commit", &"unknown")?,
+        }
+        if let Some(size_bytes) = self.source.size_bytes {
+            line("source size", &size(size_bytes))?;
+        }
+        if !self.source.dtypes.is_empty() {
+            let dtypes: Vec<String> = self
+                .source
+                .dtypes
+                .iter()
+                .map(|(dtype, n)| format!("{n} {dtype}"))
+                .collect();
+            line("source tensors", &dtypes.join(", "))?;
+        }
+        if let Some(extraction) = &self.extraction {
+            let total = format!(
+                "{} in {} parts",
+                size(extraction.size_bytes),
+                extraction.n_parts
+            );
+            line("vindex size", &total)?;
+            for (name, kind) in &extraction.types {
+                line(
+                    "vindex tensors",
+                    &format_args!("{:>5} {name}, {}", kind.n_tensors, size(kind.size_bytes)),
+                )?;
+            }
+            if extraction.n_left_out > 0 {
+                line(
+                    "left out",
+                    &format_args!("{} tensors of the source", extraction.n_left_out),
+                )?;
+            }
+        }
+        match (self.disk_needed_bytes, self.disk_free_bytes) {
+            (Some(needed), Some(free)) => line(
+                "scratch space",
+                &format_args!("{} needed, {} free", size(needed), size(free)),
+            )?,
+            (None, Some(free)) => line("scratch space", &format_args!("{} free", size(free)))?,
+            _ => {}
+        }
+        match self.target.exists {
+            Some(false) => line("target state", &"does not exist, to be created")?,
+            Some(true) => match (&self.target.vindex, &self.target.commit) {
+                (Some(vindex), _) => line("target state", &format_args!("holds vindex {vindex}"))?,
+                (None, Some(commit)) => line(
+                    "target state",
+                    &format_args!("holds no vindex of ours, at commit {commit}"),
+                )?,
+                (None, None) => line("target state", &"empty")?,
+            },
+            None => line("target state", &"unknown")?,
+        }
+        for part in &self.target.deletions {
+            line("target deletion", part)?;
+        }
+        match self.collection_exists {
+            Some(true) => line("collection state", &"exists")?,
+            Some(false) => line(
+                "collection state",
+                &"does not exist; filing will fail (make it, or correct its name)",
+            )?,
+            None => {}
+        }
+        if let Some(larql) = &self.larql {
+            let version = larql.version.as_deref().unwrap_or("version unknown");
+            line(
+                "larql",
+                &format_args!("{} ({version})", larql.path.display()),
+            )?;
+        }
+        for text in &self.warnings {
+            line("warning", text)?;
+        }
         Ok(())
     }
+}
+
+/// A size for people.
+pub(crate) fn size(bytes: u64) -> indicatif::DecimalBytes {
+    indicatif::DecimalBytes(bytes)
 }
