@@ -24,19 +24,28 @@ pub fn dump(vindex: &Vindex, w: &mut dyn Write) -> io::Result<()> {
     writeln!(w, "slice   {}", vindex.slice())?;
     if let Some(from) = vindex.provenance() {
         let unknown = || "unknown".to_owned();
-        let (repo, commit) = (from.repo.clone().unwrap_or_else(unknown), from.commit.clone().unwrap_or_else(unknown));
-        writeln!(w, "source  repository {repo}, commit {commit}; written by {} at {}", from.tool, from.extracted_at)?;
+        let (repo, commit) = (
+            from.repo.clone().unwrap_or_else(unknown),
+            from.commit.clone().unwrap_or_else(unknown),
+        );
+        writeln!(
+            w,
+            "source  repository {repo}, commit {commit}; written by {} at {}",
+            from.tool, from.extracted_at
+        )?;
     }
 
     writeln!(w, "\nconfig")?;
-    let config = serde_json::to_value(&index.config)?;
+    // By way of the text, which has the shortest decimals of each f32.
+    let config: serde_json::Value = serde_json::from_str(&serde_json::to_string(&index.config)?)?;
     for (key, value) in config.as_object().into_iter().flatten() {
         writeln!(w, "  {key:<16} {value}")?;
     }
 
     writeln!(w, "\nmetadata")?;
     if let Some(bytes) = vindex.part_bytes(0) {
-        let header = gguf::read_header(bytes).map_err(|why| io::Error::new(io::ErrorKind::InvalidData, why))?;
+        let header = gguf::read_header(bytes)
+            .map_err(|why| io::Error::new(io::ErrorKind::InvalidData, why))?;
         for (key, value) in &header.metadata {
             writeln!(w, "  {key} = {}", shown(value))?;
         }
@@ -46,7 +55,11 @@ pub fn dump(vindex: &Vindex, w: &mut dyn Write) -> io::Result<()> {
     for slice in Slice::ALL {
         let parts = slice_files_of_index(index, slice);
         let bytes: u64 = parts.iter().map(|part| part.size_bytes).sum();
-        writeln!(w, "  {slice:<14} {:>5} parts {bytes:>15} bytes", parts.len())?;
+        writeln!(
+            w,
+            "  {slice:<14} {:>5} parts {bytes:>15} bytes",
+            parts.len()
+        )?;
     }
 
     writeln!(w, "\nparts")?;
@@ -58,10 +71,23 @@ pub fn dump(vindex: &Vindex, w: &mut dyn Write) -> io::Result<()> {
     writeln!(w, "\ntensors")?;
     let mut by_type: BTreeMap<_, (usize, u64)> = BTreeMap::new();
     for tensor in &index.tensors {
-        let ne = tensor.ne.iter().map(u64::to_string).collect::<Vec<_>>().join(" x ");
-        let experts = tensor.experts.as_ref().map(|e| format!("  {} experts", e.len())).unwrap_or_default();
+        let ne = tensor
+            .ne
+            .iter()
+            .map(u64::to_string)
+            .collect::<Vec<_>>()
+            .join(" x ");
+        let experts = tensor
+            .experts
+            .as_ref()
+            .map(|e| format!("  {} experts", e.len()))
+            .unwrap_or_default();
         let (name, kind, part) = (&tensor.name, tensor.block_type, tensor.part + 1);
-        writeln!(w, "  {name:<36} {kind:<5} {ne:<22} part {part:<5} at {:<10}{experts}", tensor.offset_bytes)?;
+        writeln!(
+            w,
+            "  {name:<36} {kind:<5} {ne:<22} part {part:>5} at {:>10}{experts}",
+            tensor.offset_bytes
+        )?;
         let (n, bytes) = by_type.entry(kind).or_default();
         *n += 1;
         *bytes += tensor.size_bytes;
@@ -96,7 +122,9 @@ fn shown(value: &MetaValue) -> String {
         MetaValue::U64(v) => v.to_string(),
         MetaValue::I64(v) => v.to_string(),
         MetaValue::F64(v) => v.to_string(),
-        MetaValue::String(v) if v.chars().count() > MAX_SHOWN_CHARS => format!("text of {} bytes", v.len()),
+        MetaValue::String(v) if v.chars().count() > MAX_SHOWN_CHARS => {
+            format!("text of {} bytes", v.len())
+        }
         MetaValue::String(v) => format!("{v:?}"),
         MetaValue::Array(array) => {
             let (n, text) = match array {
@@ -106,7 +134,11 @@ fn shown(value: &MetaValue) -> String {
                 MetaArray::Bools(v) => (v.len(), format!("{v:?}")),
                 MetaArray::Strings(v) => (v.len(), format!("{v:?}")),
             };
-            if text.chars().count() > MAX_SHOWN_CHARS { format!("array of {n}") } else { text }
+            if text.chars().count() > MAX_SHOWN_CHARS {
+                format!("array of {n}")
+            } else {
+                text
+            }
         }
     }
 }

@@ -31,7 +31,8 @@ use crate::plan::Plan;
 use crate::provenance::{PROVENANCE_FILE, Provenance};
 use crate::slice::{SLICE_FILE, Slice};
 use crate::source::Source;
-use journal::{FinishedPart, JOURNAL_FILE, Journal};
+pub use journal::JOURNAL_FILE;
+use journal::{FinishedPart, Journal};
 use layout::Layout;
 use pipeline::PARTIAL;
 
@@ -112,38 +113,45 @@ pub fn extract(
 
     let index_path = out.join(INDEX_FILE);
     if index_path.exists() && !out.join(JOURNAL_FILE).exists() {
-        return Err(Error::OutputExists { path: out.to_owned() });
+        return Err(Error::OutputExists {
+            path: out.to_owned(),
+        });
     }
     let created = !out.exists();
     fs::create_dir_all(out).map_err(Error::io("create", out))?;
     let mut journal = Journal::open(out)?;
-    let result = continue_or_begin(&layout, plan, out, &mut journal, &digest, progress).and_then(|kept| {
-        let Some(kept) = kept else { return read_index(out).map(|(text, _)| VindexId::of(&text)) };
-        let wanted: Vec<usize> = (0..plan.parts.len()).filter(|part| !kept.contains(part)).collect();
-        let jobs = chunk::jobs(plan, &checkpoint, |part| !kept.contains(&part))?;
-        let run = pipeline::Run {
-            source,
-            layout: &layout,
-            jobs: &jobs,
-            dir: out,
-            n_threads: options.threads.clamp(1, 256),
-            allow_nonfinite: options.allow_nonfinite,
-            progress,
-        };
-        pipeline::run(&run, &wanted, &mut journal)?;
-        finish(plan, &layout, out, &journal.parts)
-    });
-    match &result {
-        Ok(_) => journal.remove()?,
-        Err(_) => {
-            remove_partials(out, &layout);
-            if journal.parts.is_empty() && journal.is_ours(&digest) {
-                // Nothing is worth continuing: leave the place as it was, as far as that goes.
-                let _ = journal.remove();
-                if created {
-                    let _ = fs::remove_dir(out);
-                }
+    let result =
+        continue_or_begin(&layout, plan, out, &mut journal, &digest, progress).and_then(|kept| {
+            let Some(kept) = kept else {
+                return read_index(out).map(|(text, _)| VindexId::of(&text));
+            };
+            let wanted: Vec<usize> = (0..plan.parts.len())
+                .filter(|part| !kept.contains(part))
+                .collect();
+            let jobs = chunk::jobs(plan, &checkpoint, |part| !kept.contains(&part))?;
+            let run = pipeline::Run {
+                source,
+                layout: &layout,
+                jobs: &jobs,
+                dir: out,
+                n_threads: options.threads.clamp(1, 256),
+                allow_nonfinite: options.allow_nonfinite,
+                progress,
+            };
+            let written = pipeline::run(&run, &wanted, &mut journal)
+                .and_then(|()| finish(plan, &layout, out, &journal.parts));
+            if written.is_err() {
+                remove_partials(out, &layout);
             }
+            written
+        });
+    if result.is_ok() {
+        journal.remove()?;
+    } else if journal.parts.is_empty() && journal.is_ours(&digest) {
+        // Nothing is worth continuing: leave the place as it was, as far as that goes.
+        let _ = journal.remove();
+        if created {
+            let _ = fs::remove_dir(out);
         }
     }
     result
@@ -151,11 +159,18 @@ pub fn extract(
 
 /// sha256 of everything that decides the output: the plan, the metadata of part 1, the source.
 fn digest(source: &dyn Source, plan: &Plan, layout: &Layout<'_>) -> Result<String, Error> {
-    let of_source =
-        source.fingerprint().map_err(|source| Error::Source { file: "the list of files".to_owned(), source })?;
+    let of_source = source.fingerprint().map_err(|source| Error::Source {
+        file: "the list of files".to_owned(),
+        source,
+    })?;
     let of_plan = serde_json::to_vec(plan).expect("a plan is plain data");
     let mut sha256 = Sha256::new();
-    for piece in [FORMAT.as_bytes(), &of_plan, &layout.header(0), of_source.as_bytes()] {
+    for piece in [
+        FORMAT.as_bytes(),
+        &of_plan,
+        &layout.header(0),
+        of_source.as_bytes(),
+    ] {
         sha256.update((piece.len() as u64).to_le_bytes());
         sha256.update(piece);
     }
@@ -173,13 +188,14 @@ fn continue_or_begin(
 ) -> Result<Option<HashSet<usize>>, Error> {
     let is_finished = out.join(INDEX_FILE).exists();
     match &journal.digest {
-        Some(of_journal) if of_journal == digest => {
-            if is_finished {
-                return Ok(None);
-            }
-        }
+        Some(of_journal) if of_journal == digest && is_finished => return Ok(None),
+        Some(of_journal) if of_journal == digest => {}
         // A finished vindex with the journal of another plan, or one that has just been finished by another process.
-        _ if is_finished => return Err(Error::OutputExists { path: out.to_owned() }),
+        _ if is_finished => {
+            return Err(Error::OutputExists {
+                path: out.to_owned(),
+            });
+        }
         Some(of_journal) => {
             return Err(Error::OtherPlan {
                 path: out.to_owned(),
@@ -196,18 +212,40 @@ fn continue_or_begin(
     let bytes_total = layout.parts.iter().map(|part| part.size_bytes).sum();
     let listed = layout.parts.par_iter().enumerate();
     let kept: HashSet<usize> = listed
-        .filter(|(_, part)| journal.parts.get(&part.file).is_some_and(|finished| is_intact(out, finished)))
+        .filter(|(_, part)| {
+            journal
+                .parts
+                .get(&part.file)
+                .is_some_and(|finished| is_intact(out, finished))
+        })
         .map(|(i, _)| i)
         .collect();
-    let missing = layout.parts.iter().enumerate().filter(|(i, _)| !kept.contains(i));
+    let missing = layout
+        .parts
+        .iter()
+        .enumerate()
+        .filter(|(i, _)| !kept.contains(i));
     refuse_small_disk(plan, out, missing.map(|(_, part)| part.size_bytes).sum())?;
     if journal.digest.is_none() {
         journal.begin(digest)?;
     }
-    progress(Progress::Started { n_parts, bytes_total });
-    for (index, part) in layout.parts.iter().enumerate().filter(|(i, _)| kept.contains(i)) {
+    progress(Progress::Started {
+        n_parts,
+        bytes_total,
+    });
+    for (index, part) in layout
+        .parts
+        .iter()
+        .enumerate()
+        .filter(|(i, _)| kept.contains(i))
+    {
         let (file, size_bytes) = (part.file.clone(), part.size_bytes);
-        progress(Progress::PartKept { index, n_parts, file, size_bytes });
+        progress(Progress::PartKept {
+            index,
+            n_parts,
+            file,
+            size_bytes,
+        });
     }
     Ok(Some(kept))
 }
@@ -216,16 +254,29 @@ fn continue_or_begin(
 fn refuse_foreign_files(layout: &Layout<'_>, out: &Path, is_continued: bool) -> Result<(), Error> {
     let mut names = Vec::new();
     for entry in fs::read_dir(out).map_err(Error::io("list", out))? {
-        names.push(entry.map_err(Error::io("list", out))?.file_name().to_string_lossy().into_owned());
+        names.push(
+            entry
+                .map_err(Error::io("list", out))?
+                .file_name()
+                .to_string_lossy()
+                .into_owned(),
+        );
     }
     names.sort();
     let is_ours = |name: &str| {
         let name = name.strip_suffix(PARTIAL).unwrap_or(name);
         let mut parts = layout.parts.iter();
-        [INDEX_FILE, SLICE_FILE, PROVENANCE_FILE].contains(&name) || parts.any(|part| part.file == name)
+        [INDEX_FILE, SLICE_FILE, PROVENANCE_FILE].contains(&name)
+            || parts.any(|part| part.file == name)
     };
-    match names.into_iter().find(|name| name != JOURNAL_FILE && !(is_continued && is_ours(name))) {
-        Some(file) => Err(Error::ForeignFile { path: out.to_owned(), file }),
+    match names
+        .into_iter()
+        .find(|name| name != JOURNAL_FILE && !(is_continued && is_ours(name)))
+    {
+        Some(file) => Err(Error::ForeignFile {
+            path: out.to_owned(),
+            file,
+        }),
         None => Ok(()),
     }
 }
@@ -233,34 +284,55 @@ fn refuse_foreign_files(layout: &Layout<'_>, out: &Path, is_continued: bool) -> 
 /// Best effort: what cannot be removed is overwritten later, or told then.
 fn remove_partials(out: &Path, layout: &Layout<'_>) {
     let others = [INDEX_FILE, SLICE_FILE, PROVENANCE_FILE];
-    for file in layout.parts.iter().map(|part| part.file.as_str()).chain(others) {
+    for file in layout
+        .parts
+        .iter()
+        .map(|part| part.file.as_str())
+        .chain(others)
+    {
         let _ = fs::remove_file(out.join(format!("{file}{PARTIAL}")));
     }
 }
 
 fn is_intact(out: &Path, finished: &FinishedPart) -> bool {
-    let Ok(file) = File::open(out.join(&finished.file)) else { return false };
+    let Ok(file) = File::open(out.join(&finished.file)) else {
+        return false;
+    };
     let len = file.metadata().map(|metadata| metadata.len());
     len.is_ok_and(|len| len == finished.size_bytes)
-        && hash_range(&file, 0, finished.size_bytes, &|_| ()).is_ok_and(|got| got == finished.sha256)
+        && hash_range(&file, 0, finished.size_bytes, &|_| ())
+            .is_ok_and(|got| got == finished.sha256)
 }
 
 fn refuse_small_disk(plan: &Plan, out: &Path, parts_bytes: u64) -> Result<(), Error> {
     // A generous line for each tensor and hash, in the index and in the journal.
-    let n_hashes: u64 = plan.parts.iter().flat_map(|part| &part.tensors).filter_map(|t| n_experts(&t.name, &t.ne)).sum();
-    let n_tensors = plan.parts.iter().map(|part| part.tensors.len() as u64).sum::<u64>();
-    let needed_bytes = parts_bytes.saturating_add(2 * (512 * n_tensors + 70 * n_hashes) + (64 << 10));
+    let n_hashes: u64 = plan
+        .parts
+        .iter()
+        .flat_map(|part| &part.tensors)
+        .filter_map(|t| n_experts(&t.name, &t.ne))
+        .sum();
+    let n_tensors = plan
+        .parts
+        .iter()
+        .map(|part| part.tensors.len() as u64)
+        .sum::<u64>();
+    let needed_bytes =
+        parts_bytes.saturating_add(2 * (512 * n_tensors + 70 * n_hashes) + (64 << 10));
     match available_bytes(out)? {
-        Some(available_bytes) if available_bytes < needed_bytes => {
-            Err(Error::NoSpace { path: out.to_owned(), needed_bytes, available_bytes })
-        }
+        Some(available_bytes) if available_bytes < needed_bytes => Err(Error::NoSpace {
+            path: out.to_owned(),
+            needed_bytes,
+            available_bytes,
+        }),
         _ => Ok(()),
     }
 }
 
 #[cfg(unix)]
 fn available_bytes(dir: &Path) -> Result<Option<u64>, Error> {
-    let stat = rustix::fs::statvfs(dir).map_err(|e| Error::io("measure the free space of", dir)(e.into()))?;
+    let stat = rustix::fs::statvfs(dir)
+        .map_err(|e| Error::io("measure the free space of", dir)(e.into()))?;
     Ok(Some(stat.f_bavail.saturating_mul(stat.f_frsize)))
 }
 
@@ -280,8 +352,15 @@ fn finish(
     let index = index(plan, layout, finished).to_json();
     // What we write we can read: a name or a number that the index cannot hold is found before it is published.
     let readable = Index::from_json(index.as_bytes());
-    readable.map_err(|reason| Error::Plan { tensor: "*".to_owned(), reason })?;
-    write_beside(out, PROVENANCE_FILE, Provenance::now(&plan.origin).to_json().as_bytes())?;
+    readable.map_err(|reason| Error::Plan {
+        tensor: "*".to_owned(),
+        reason,
+    })?;
+    write_beside(
+        out,
+        PROVENANCE_FILE,
+        Provenance::now(&plan.origin).to_json().as_bytes(),
+    )?;
     write_beside(out, SLICE_FILE, Slice::Full.to_json().as_bytes())?;
     sync_dir(out)?;
     write_beside(out, INDEX_FILE, index.as_bytes())?;
@@ -327,14 +406,17 @@ fn index(plan: &Plan, layout: &Layout<'_>, finished: &BTreeMap<String, FinishedP
 fn write_beside(dir: &Path, name: &str, bytes: &[u8]) -> Result<(), Error> {
     let partial = dir.join(format!("{name}{PARTIAL}"));
     let mut file = File::create(&partial).map_err(Error::io("create", &partial))?;
-    file.write_all(bytes).map_err(Error::io("write", &partial))?;
+    file.write_all(bytes)
+        .map_err(Error::io("write", &partial))?;
     file.sync_all().map_err(Error::io("sync", &partial))?;
     fs::rename(&partial, dir.join(name)).map_err(Error::io("rename", &partial))
 }
 
 #[cfg(unix)]
 fn sync_dir(dir: &Path) -> Result<(), Error> {
-    File::open(dir).and_then(|dir| dir.sync_all()).map_err(Error::io("sync", dir))
+    File::open(dir)
+        .and_then(|dir| dir.sync_all())
+        .map_err(Error::io("sync", dir))
 }
 
 /// Other systems have no handle of a directory to sync.

@@ -83,7 +83,9 @@ pub struct TensorInfo {
 pub(crate) fn size_bytes(block_type: BlockType, ne: &[u64]) -> Option<u64> {
     let (&row, outer) = ne.split_first()?;
     let row_bytes = block_type.row_bytes(usize::try_from(row).ok()?)? as u64;
-    outer.iter().try_fold(row_bytes, |size, &n| size.checked_mul(n))
+    outer
+        .iter()
+        .try_fold(row_bytes, |size, &n| size.checked_mul(n))
 }
 
 /// `n` rounded up to the alignment.
@@ -252,9 +254,14 @@ pub fn read_header(bytes: &[u8]) -> Result<Header, String> {
     let data_offset_bytes = aligned(at.at as u64).ok_or("its header is too long")?;
     for tensor in &mut tensors {
         let offset = tensor.offset_bytes.checked_add(data_offset_bytes);
-        tensor.offset_bytes = offset.ok_or_else(|| format!("tensor {}: its offset overflows", tensor.name))?;
+        tensor.offset_bytes =
+            offset.ok_or_else(|| format!("tensor {}: its offset overflows", tensor.name))?;
     }
-    Ok(Header { metadata, tensors, data_offset_bytes })
+    Ok(Header {
+        metadata,
+        tensors,
+        data_offset_bytes,
+    })
 }
 
 struct Cursor<'a> {
@@ -265,9 +272,13 @@ struct Cursor<'a> {
 impl<'a> Cursor<'a> {
     fn take(&mut self, n: usize, what: &str) -> Result<&'a [u8], String> {
         let rest = &self.bytes[self.at..];
-        let taken = rest
-            .get(..n)
-            .ok_or_else(|| format!("it ends within {what}: {n} bytes expected at {}, {} left", self.at, rest.len()))?;
+        let taken = rest.get(..n).ok_or_else(|| {
+            format!(
+                "it ends within {what}: {n} bytes expected at {}, {} left",
+                self.at,
+                rest.len()
+            )
+        })?;
         self.at += n;
         Ok(taken)
     }
@@ -292,7 +303,9 @@ impl<'a> Cursor<'a> {
         let left = self.bytes.len() - self.at;
         match usize::try_from(n) {
             Ok(n) if n <= left / min_bytes => Ok(n),
-            _ => Err(format!("{n} {what} do not fit the {left} bytes that are left")),
+            _ => Err(format!(
+                "{n} {what} do not fit the {left} bytes that are left"
+            )),
         }
     }
 
@@ -300,7 +313,8 @@ impl<'a> Cursor<'a> {
         let len = self.u64(what)?;
         let len = self.count(len, 1, &format!("bytes of {what}"))?;
         let text = std::str::from_utf8(self.take(len, what)?);
-        text.map(str::to_owned).map_err(|_| format!("{what} is not UTF-8"))
+        text.map(str::to_owned)
+            .map_err(|_| format!("{what} is not UTF-8"))
     }
 
     fn bool(&mut self, key: &str) -> Result<bool, String> {
@@ -335,11 +349,19 @@ impl<'a> Cursor<'a> {
         let n = self.u64(key)?;
         Ok(match id {
             U32 => MetaArray::U32s(self.elements(n, 4, key, |at| at.u32(key))?),
-            I32 => MetaArray::I32s(self.elements(n, 4, key, |at| at.array(key).map(i32::from_le_bytes))?),
-            F32 => MetaArray::F32s(self.elements(n, 4, key, |at| at.array(key).map(f32::from_le_bytes))?),
+            I32 => MetaArray::I32s(
+                self.elements(n, 4, key, |at| at.array(key).map(i32::from_le_bytes))?,
+            ),
+            F32 => MetaArray::F32s(
+                self.elements(n, 4, key, |at| at.array(key).map(f32::from_le_bytes))?,
+            ),
             BOOL => MetaArray::Bools(self.elements(n, 1, key, |at| at.bool(key))?),
             STRING => MetaArray::Strings(self.elements(n, 8, key, |at| at.string(key))?),
-            other => return Err(format!("{key}: arrays of value type {other} are not supported")),
+            other => {
+                return Err(format!(
+                    "{key}: arrays of value type {other} are not supported"
+                ));
+            }
         })
     }
 
@@ -358,16 +380,28 @@ impl<'a> Cursor<'a> {
     fn tensor(&mut self) -> Result<TensorInfo, String> {
         let name = self.string("a tensor name")?;
         if name.len() > MAX_NAME_BYTES {
-            return Err(format!("tensor {name}: its name is longer than {MAX_NAME_BYTES} bytes"));
+            return Err(format!(
+                "tensor {name}: its name is longer than {MAX_NAME_BYTES} bytes"
+            ));
         }
         let n_dims = self.u32(&name)?;
         if n_dims == 0 || n_dims > MAX_DIMS {
-            return Err(format!("tensor {name}: {n_dims} dimensions, expected 1 to {MAX_DIMS}"));
+            return Err(format!(
+                "tensor {name}: {n_dims} dimensions, expected 1 to {MAX_DIMS}"
+            ));
         }
-        let ne = (0..n_dims).map(|_| self.u64(&name)).collect::<Result<Vec<u64>, String>>()?;
+        let ne = (0..n_dims)
+            .map(|_| self.u64(&name))
+            .collect::<Result<Vec<u64>, String>>()?;
         let id = self.u32(&name)?;
-        let block_type = BlockType::from_gguf_id(id).ok_or_else(|| format!("tensor {name}: unknown type {id}"))?;
+        let block_type = BlockType::from_gguf_id(id)
+            .ok_or_else(|| format!("tensor {name}: unknown type {id}"))?;
         let offset_bytes = self.u64(&name)?;
-        Ok(TensorInfo { name, ne, block_type, offset_bytes })
+        Ok(TensorInfo {
+            name,
+            ne,
+            block_type,
+            offset_bytes,
+        })
     }
 }

@@ -71,7 +71,9 @@ impl FromStr for VindexId {
         }
         let mut id = [0; 32];
         for (byte, digits) in id.iter_mut().zip(text.as_bytes().chunks(2)) {
-            let digits = std::str::from_utf8(digits).ok().and_then(|d| u8::from_str_radix(d, 16).ok());
+            let digits = std::str::from_utf8(digits)
+                .ok()
+                .and_then(|d| u8::from_str_radix(d, 16).ok());
             *byte = digits.ok_or_else(|| NoVindexId(text.to_owned()))?;
         }
         Ok(VindexId(id))
@@ -80,10 +82,12 @@ impl FromStr for VindexId {
 
 /// Lower-case hex digits.
 pub(crate) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::with_capacity(2 * bytes.len()), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
+    bytes
+        .iter()
+        .fold(String::with_capacity(2 * bytes.len()), |mut text, byte| {
+            let _ = write!(text, "{byte:02x}");
+            text
+        })
 }
 
 fn is_sha256(text: &str) -> bool {
@@ -187,7 +191,8 @@ impl Index {
     /// A sentence about what cannot be: not JSON of this shape, another format version, a name with a path in it, a
     /// tensor outside its part or over another one.
     pub fn from_json(text: &[u8]) -> Result<Index, String> {
-        let index: Index = serde_json::from_slice(text).map_err(|e| format!("it is no index of a vindex: {e}"))?;
+        let index: Index =
+            serde_json::from_slice(text).map_err(|e| format!("it is no index of a vindex: {e}"))?;
         index.check()?;
         Ok(index)
     }
@@ -197,17 +202,27 @@ impl Index {
             return Err(format!("format {:?}, expected {FORMAT:?}", self.format));
         }
         let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
-        if self.stem.is_empty() || self.stem.len() > 200 || self.stem.starts_with('.') || !self.stem.chars().all(plain)
+        if self.stem.is_empty()
+            || self.stem.len() > 200
+            || self.stem.starts_with('.')
+            || !self.stem.chars().all(plain)
         {
             return Err(format!("stem {:?} is no plain file name", self.stem));
         }
         if self.parts.is_empty() || self.parts.len() > MAX_PARTS {
-            return Err(format!("{} parts, expected 1 to {MAX_PARTS}", self.parts.len()));
+            return Err(format!(
+                "{} parts, expected 1 to {MAX_PARTS}",
+                self.parts.len()
+            ));
         }
         for (i, part) in self.parts.iter().enumerate() {
             let expected = part_file(&self.stem, i, self.parts.len());
             if part.file != expected {
-                return Err(format!("part {} is called {:?}, expected {expected:?}", i + 1, part.file));
+                return Err(format!(
+                    "part {} is called {:?}, expected {expected:?}",
+                    i + 1,
+                    part.file
+                ));
             }
             if !is_sha256(&part.sha256) {
                 return Err(format!("part {expected}: its sha256 is not 64 hex digits"));
@@ -216,13 +231,17 @@ impl Index {
         let mut names = HashSet::new();
         let mut last = (0, 0);
         for tensor in &self.tensors {
-            self.check_tensor(tensor).map_err(|why| format!("tensor {:?}: {why}", tensor.name))?;
+            self.check_tensor(tensor)
+                .map_err(|why| format!("tensor {:?}: {why}", tensor.name))?;
             if !names.insert(tensor.name.as_str()) {
                 return Err(format!("tensor {:?} is there twice", tensor.name));
             }
             let place = (tensor.part, tensor.offset_bytes);
             if place < last {
-                return Err(format!("tensor {:?} begins within the one before it", tensor.name));
+                return Err(format!(
+                    "tensor {:?} begins within the one before it",
+                    tensor.name
+                ));
             }
             last = (tensor.part, tensor.offset_bytes + tensor.size_bytes);
         }
@@ -230,23 +249,40 @@ impl Index {
     }
 
     fn check_tensor(&self, tensor: &Tensor) -> Result<(), String> {
-        let part = self.parts.get(tensor.part as usize).ok_or_else(|| format!("there is no part {}", tensor.part))?;
+        let part = self
+            .parts
+            .get(tensor.part as usize)
+            .ok_or_else(|| format!("there is no part {}", tensor.part))?;
         if tensor.ne.is_empty() || tensor.ne.len() > 4 || tensor.ne.contains(&0) {
             return Err(format!("shape {:?}, expected 1 to 4 dimensions", tensor.ne));
         }
         if gguf::size_bytes(tensor.block_type, &tensor.ne) != Some(tensor.size_bytes) {
-            return Err(format!("{} {:?} do not take {} bytes", tensor.block_type, tensor.ne, tensor.size_bytes));
+            return Err(format!(
+                "{} {:?} do not take {} bytes",
+                tensor.block_type, tensor.ne, tensor.size_bytes
+            ));
         }
         if !tensor.offset_bytes.is_multiple_of(gguf::ALIGNMENT_BYTES) {
-            return Err(format!("its offset {} is not a multiple of {}", tensor.offset_bytes, gguf::ALIGNMENT_BYTES));
+            return Err(format!(
+                "its offset {} is not a multiple of {}",
+                tensor.offset_bytes,
+                gguf::ALIGNMENT_BYTES
+            ));
         }
         match tensor.offset_bytes.checked_add(tensor.size_bytes) {
             Some(end) if end <= part.size_bytes => {}
-            _ => return Err(format!("it does not fit {} ({} bytes)", part.file, part.size_bytes)),
+            _ => {
+                return Err(format!(
+                    "it does not fit {} ({} bytes)",
+                    part.file, part.size_bytes
+                ));
+            }
         }
         let n = n_experts(&tensor.name, &tensor.ne);
         let hashes = tensor.experts.as_ref();
-        if hashes.map(|e| e.len() as u64) != n || hashes.is_some_and(|e| !e.iter().all(|h| is_sha256(h))) {
+        if hashes.map(|e| e.len() as u64) != n
+            || hashes.is_some_and(|e| !e.iter().all(|h| is_sha256(h)))
+        {
             return Err(format!("expected {} hashes of experts", n.unwrap_or(0)));
         }
         Ok(())
@@ -261,9 +297,14 @@ pub(crate) fn read_bounded(path: &Path, max_bytes: u64) -> Result<Option<Vec<u8>
         Err(e) => return Err(Error::io("open", path)(e)),
     };
     let mut bytes = Vec::new();
-    file.take(max_bytes + 1).read_to_end(&mut bytes).map_err(Error::io("read", path))?;
+    file.take(max_bytes + 1)
+        .read_to_end(&mut bytes)
+        .map_err(Error::io("read", path))?;
     if bytes.len() as u64 > max_bytes {
-        return Err(Error::Index { path: path.to_owned(), reason: format!("it is longer than {max_bytes} bytes") });
+        return Err(Error::Index {
+            path: path.to_owned(),
+            reason: format!("it is longer than {max_bytes} bytes"),
+        });
     }
     Ok(Some(bytes))
 }

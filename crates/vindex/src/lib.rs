@@ -32,7 +32,7 @@ pub use config::{
 };
 pub use dump::dump;
 pub use error::{Error, Wrong, WrongPart};
-pub use extract::{ExtractOptions, Progress, extract};
+pub use extract::{ExtractOptions, JOURNAL_FILE, Progress, extract};
 pub use gguf::{Header, MetaArray, MetaValue, TensorInfo, read_header};
 pub use index::{FORMAT, INDEX_FILE, Index, NoVindexId, Part, Tensor, VindexId};
 pub use local::LocalDir;

@@ -68,25 +68,53 @@ impl Vindex {
             let file = match File::open(&path) {
                 Ok(file) => file,
                 Err(e) if e.kind() == ErrorKind::NotFound => {
-                    wrong.push(WrongPart { file: part.file.clone(), what: Wrong::Missing, tensors: names(&index, i) });
+                    wrong.push(WrongPart {
+                        file: part.file.clone(),
+                        what: Wrong::Missing,
+                        tensors: names(&index, i),
+                    });
                     continue;
                 }
                 Err(e) => return Err(Error::io("open", &path)(e)),
             };
             let got = file.metadata().map_err(Error::io("read", &path))?.len();
             if got != part.size_bytes {
-                let what = Wrong::Size { expected: part.size_bytes, got };
-                wrong.push(WrongPart { file: part.file.clone(), what, tensors: names(&index, i) });
+                let what = Wrong::Size {
+                    expected: part.size_bytes,
+                    got,
+                };
+                wrong.push(WrongPart {
+                    file: part.file.clone(),
+                    what,
+                    tensors: names(&index, i),
+                });
                 continue;
             }
             maps.push(Some(map(&file, &path)?));
         }
         if !wrong.is_empty() {
-            return Err(Error::Damaged { path: dir.to_owned(), wrong });
+            return Err(Error::Damaged {
+                path: dir.to_owned(),
+                wrong,
+            });
         }
-        let by_name = index.tensors.iter().enumerate().map(|(i, tensor)| (tensor.name.clone(), i)).collect();
+        let by_name = index
+            .tensors
+            .iter()
+            .enumerate()
+            .map(|(i, tensor)| (tensor.name.clone(), i))
+            .collect();
         let id = VindexId::of(&index_json);
-        Ok(Vindex { dir: dir.to_owned(), id, index_json, index, slice, provenance, maps, by_name })
+        Ok(Vindex {
+            dir: dir.to_owned(),
+            id,
+            index_json,
+            index,
+            slice,
+            provenance,
+            maps,
+            by_name,
+        })
     }
 
     /// The directory.
@@ -121,13 +149,23 @@ impl Vindex {
 
     /// The tensor called `name`; `None` when the vindex has no such tensor or this slice has not its part.
     pub fn tensor(&self, name: &str) -> Option<TensorView<'_>> {
-        let Tensor { ne, block_type, part, offset_bytes, size_bytes, .. } =
-            &self.index.tensors[*self.by_name.get(name)?];
+        let Tensor {
+            ne,
+            block_type,
+            part,
+            offset_bytes,
+            size_bytes,
+            ..
+        } = &self.index.tensors[*self.by_name.get(name)?];
         let map = self.maps[*part as usize].as_ref()?;
         // In bounds: the index was checked against the part's size, and the part's size against the file's.
         let start = *offset_bytes as usize;
         let bytes = &map[start..start + *size_bytes as usize];
-        Some(TensorView { ne, block_type: *block_type, bytes })
+        Some(TensorView {
+            ne,
+            block_type: *block_type,
+            bytes,
+        })
     }
 
     /// The mapped bytes of a part; `None` when this slice has it not.
@@ -139,7 +177,9 @@ impl Vindex {
 /// Text and content of `dir/index.json`.
 pub(crate) fn read_index(dir: &Path) -> Result<(Vec<u8>, Index), Error> {
     let path = dir.join(INDEX_FILE);
-    let text = read_bounded(&path, MAX_INDEX_BYTES)?.ok_or_else(|| Error::NotAVindex { path: dir.to_owned() })?;
+    let text = read_bounded(&path, MAX_INDEX_BYTES)?.ok_or_else(|| Error::NotAVindex {
+        path: dir.to_owned(),
+    })?;
     let index = Index::from_json(&text).map_err(|reason| Error::Index { path, reason })?;
     Ok((text, index))
 }
@@ -151,15 +191,22 @@ pub(crate) fn read_slice(dir: &Path) -> Result<Slice, Error> {
         Some(recorded) => Ok(recorded.slice),
         None => Err(Error::Index {
             path,
-            reason: "there is no such file, so it is unknown which slice this is; pull or extract again".to_owned(),
+            reason:
+                "there is no such file, so it is unknown which slice this is; pull or extract again"
+                    .to_owned(),
         }),
     }
 }
 
 fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, Error> {
-    let Some(text) = read_bounded(path, MAX_SMALL_FILE_BYTES)? else { return Ok(None) };
+    let Some(text) = read_bounded(path, MAX_SMALL_FILE_BYTES)? else {
+        return Ok(None);
+    };
     let value = serde_json::from_slice(&text);
-    value.map(Some).map_err(|e| Error::Index { path: path.to_owned(), reason: e.to_string() })
+    value.map(Some).map_err(|e| Error::Index {
+        path: path.to_owned(),
+        reason: e.to_string(),
+    })
 }
 
 /// Maps a whole file for reading.
@@ -171,5 +218,10 @@ pub(crate) fn map(file: &File, path: &Path) -> Result<Mmap, Error> {
 
 /// Names of the tensors in part `part`.
 pub(crate) fn names(index: &Index, part: usize) -> Vec<String> {
-    index.tensors.iter().filter(|tensor| tensor.part as usize == part).map(|tensor| tensor.name.clone()).collect()
+    index
+        .tensors
+        .iter()
+        .filter(|tensor| tensor.part as usize == part)
+        .map(|tensor| tensor.name.clone())
+        .collect()
 }

@@ -44,7 +44,10 @@ impl Slice {
     pub fn holds(self, component: Component) -> bool {
         match self {
             Slice::Full => true,
-            Slice::ExpertServer => matches!(component, Component::Metadata | Component::FeedForward { .. }),
+            Slice::ExpertServer => matches!(
+                component,
+                Component::Metadata | Component::FeedForward { .. }
+            ),
         }
     }
 
@@ -69,7 +72,10 @@ impl FromStr for Slice {
     type Err = UnknownSlice;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        Slice::ALL.into_iter().find(|slice| slice.name() == text).ok_or_else(|| UnknownSlice(text.to_owned()))
+        Slice::ALL
+            .into_iter()
+            .find(|slice| slice.name() == text)
+            .ok_or_else(|| UnknownSlice(text.to_owned()))
     }
 }
 
@@ -109,7 +115,11 @@ pub enum SliceContent {
 pub fn slice_files(vindex: &Vindex, slice: Slice) -> Result<Vec<SliceFile>, Error> {
     let has = vindex.slice();
     if has != slice && has != Slice::Full {
-        return Err(Error::SliceNotHere { path: vindex.dir().to_owned(), has: has.name(), wanted: slice.name() });
+        return Err(Error::SliceNotHere {
+            path: vindex.dir().to_owned(),
+            has: has.name(),
+            wanted: slice.name(),
+        });
     }
     let bytes = |name: &str, bytes: Vec<u8>| SliceFile {
         name: name.to_owned(),
@@ -137,5 +147,9 @@ pub fn slice_files(vindex: &Vindex, slice: Slice) -> Result<Vec<SliceFile>, Erro
 
 /// The parts of `slice`, in file order.
 pub fn slice_files_of_index(index: &Index, slice: Slice) -> Vec<&Part> {
-    index.parts.iter().filter(|part| slice.holds(part.component)).collect()
+    index
+        .parts
+        .iter()
+        .filter(|part| slice.holds(part.component))
+        .collect()
 }

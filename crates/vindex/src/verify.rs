@@ -37,24 +37,48 @@ pub struct Verified {
 pub fn verify(dir: &Path, progress: &(dyn Fn(Progress) + Sync)) -> Result<Verified, Error> {
     let (index_json, index) = read_index(dir)?;
     let slice = read_slice(dir)?;
-    let parts: Vec<usize> = (0..index.parts.len()).filter(|&i| slice.holds(index.parts[i].component)).collect();
-    let bytes = parts.iter().fold(0u64, |sum, &i| sum.saturating_add(index.parts[i].size_bytes));
-    progress(Progress::Started { n_parts: parts.len(), bytes_total: bytes });
+    let parts: Vec<usize> = (0..index.parts.len())
+        .filter(|&i| slice.holds(index.parts[i].component))
+        .collect();
+    let bytes = parts.iter().fold(0u64, |sum, &i| {
+        sum.saturating_add(index.parts[i].size_bytes)
+    });
+    progress(Progress::Started {
+        n_parts: parts.len(),
+        bytes_total: bytes,
+    });
     let wrong: Vec<WrongPart> = parts
         .par_iter()
         .filter_map(|&i| match verify_part(dir, &index, i, progress) {
             Ok(()) => {
                 let (file, size_bytes) = (index.parts[i].file.clone(), index.parts[i].size_bytes);
-                progress(Progress::PartDone { index: i, n_parts: index.parts.len(), file, size_bytes });
+                progress(Progress::PartDone {
+                    index: i,
+                    n_parts: index.parts.len(),
+                    file,
+                    size_bytes,
+                });
                 None
             }
-            Err((what, tensors)) => Some(WrongPart { file: index.parts[i].file.clone(), what, tensors }),
+            Err((what, tensors)) => Some(WrongPart {
+                file: index.parts[i].file.clone(),
+                what,
+                tensors,
+            }),
         })
         .collect();
     if !wrong.is_empty() {
-        return Err(Error::Damaged { path: dir.to_owned(), wrong });
+        return Err(Error::Damaged {
+            path: dir.to_owned(),
+            wrong,
+        });
     }
-    Ok(Verified { id: VindexId::of(&index_json), slice, n_parts: parts.len(), bytes })
+    Ok(Verified {
+        id: VindexId::of(&index_json),
+        slice,
+        n_parts: parts.len(),
+        bytes,
+    })
 }
 
 /// What is wrong with part `i`, and the tensors that it damages.
@@ -74,18 +98,35 @@ fn verify_part(
     };
     let got = file.metadata().map_err(unreadable)?.len();
     if got != part.size_bytes {
-        return Err((Wrong::Size { expected: part.size_bytes, got }, damaged(&file, index, i)));
+        return Err((
+            Wrong::Size {
+                expected: part.size_bytes,
+                got,
+            },
+            damaged(&file, index, i),
+        ));
     }
-    let got = hash_range(&file, 0, part.size_bytes, &|n| progress(Progress::Bytes(n))).map_err(unreadable)?;
+    let got = hash_range(&file, 0, part.size_bytes, &|n| progress(Progress::Bytes(n)))
+        .map_err(unreadable)?;
     if got != part.sha256 {
-        return Err((Wrong::Sha256 { expected: part.sha256.clone(), got }, damaged(&file, index, i)));
+        return Err((
+            Wrong::Sha256 {
+                expected: part.sha256.clone(),
+                got,
+            },
+            damaged(&file, index, i),
+        ));
     }
-    let bytes = map(&file, &path).map_err(|e| (Wrong::Unreadable(e.to_string()), names(index, i)))?;
+    let bytes =
+        map(&file, &path).map_err(|e| (Wrong::Unreadable(e.to_string()), names(index, i)))?;
     let header = gguf::read_header(&bytes).and_then(|header| compare(&header, index, i));
     header.map_err(|why| (Wrong::Header(why), names(index, i)))?;
     let experts = damaged_experts(&file, index, i);
     if !experts.is_empty() {
-        return Err((Wrong::Header("the index has other hashes for experts".to_owned()), experts));
+        return Err((
+            Wrong::Header("the index has other hashes for experts".to_owned()),
+            experts,
+        ));
     }
     Ok(())
 }
@@ -93,18 +134,35 @@ fn verify_part(
 /// Tensors of a part that is known to be damaged. Stacked experts have hashes of their own and are told one by one; a
 /// tensor without may be damaged and therefore counts.
 fn damaged(file: &File, index: &Index, i: usize) -> Vec<String> {
-    let tensors = index.tensors.iter().filter(|tensor| tensor.part as usize == i && tensor.experts.is_none());
-    tensors.map(|tensor| tensor.name.clone()).chain(damaged_experts(file, index, i)).collect()
+    let tensors = index
+        .tensors
+        .iter()
+        .filter(|tensor| tensor.part as usize == i && tensor.experts.is_none());
+    tensors
+        .map(|tensor| tensor.name.clone())
+        .chain(damaged_experts(file, index, i))
+        .collect()
 }
 
 /// `name[expert]` of each expert whose bytes are not there or not those of the index.
 fn damaged_experts(file: &File, index: &Index, i: usize) -> Vec<String> {
     let mut damaged = Vec::new();
-    for tensor in index.tensors.iter().filter(|tensor| tensor.part as usize == i) {
-        let Some(experts) = &tensor.experts else { continue };
+    for tensor in index
+        .tensors
+        .iter()
+        .filter(|tensor| tensor.part as usize == i)
+    {
+        let Some(experts) = &tensor.experts else {
+            continue;
+        };
         let expert_bytes = tensor.size_bytes / experts.len() as u64;
         for (k, expected) in experts.iter().enumerate() {
-            let got = hash_range(file, tensor.offset_bytes + k as u64 * expert_bytes, expert_bytes, &|_| ());
+            let got = hash_range(
+                file,
+                tensor.offset_bytes + k as u64 * expert_bytes,
+                expert_bytes,
+                &|_| (),
+            );
             if got.ok().as_ref() != Some(expected) {
                 damaged.push(format!("{}[{k}]", tensor.name));
             }
@@ -118,17 +176,32 @@ fn compare(header: &gguf::Header, index: &Index, i: usize) -> Result<(), String>
     let split = [
         ("split.no", MetaValue::U16(i as u16)),
         ("split.count", MetaValue::U16(index.parts.len() as u16)),
-        ("split.tensors.count", MetaValue::I32(index.tensors.len() as i32)),
+        (
+            "split.tensors.count",
+            MetaValue::I32(index.tensors.len() as i32),
+        ),
     ];
     for (key, expected) in split {
-        let got = header.metadata.iter().find(|(k, _)| k == key).map(|(_, value)| value);
+        let got = header
+            .metadata
+            .iter()
+            .find(|(k, _)| k == key)
+            .map(|(_, value)| value);
         if got != Some(&expected) {
             return Err(format!("{key} is {got:?}, expected {expected:?}"));
         }
     }
-    let expected: Vec<_> = index.tensors.iter().filter(|tensor| tensor.part as usize == i).collect();
+    let expected: Vec<_> = index
+        .tensors
+        .iter()
+        .filter(|tensor| tensor.part as usize == i)
+        .collect();
     if header.tensors.len() != expected.len() {
-        return Err(format!("{} tensors, expected {}", header.tensors.len(), expected.len()));
+        return Err(format!(
+            "{} tensors, expected {}",
+            header.tensors.len(),
+            expected.len()
+        ));
     }
     for (got, expected) in header.tensors.iter().zip(expected) {
         let same = got.name == expected.name

@@ -69,28 +69,55 @@ pub(crate) fn jobs<'a>(
     wanted: impl Fn(usize) -> bool,
 ) -> Result<Vec<Job<'a>>, Error> {
     let mut jobs = Vec::new();
-    for (part, planned) in plan.parts.iter().enumerate().filter(|&(part, _)| wanted(part)) {
+    for (part, planned) in plan
+        .parts
+        .iter()
+        .enumerate()
+        .filter(|&(part, _)| wanted(part))
+    {
         for tensor in &planned.tensors {
             let job = Job::new(part, tensor, checkpoint);
-            jobs.push(job.map_err(|reason| Error::Plan { tensor: tensor.name.clone(), reason })?);
+            jobs.push(job.map_err(|reason| Error::Plan {
+                tensor: tensor.name.clone(),
+                reason,
+            })?);
         }
     }
     Ok(jobs)
 }
 
 impl<'a> Job<'a> {
-    fn new(part: usize, tensor: &'a PlannedTensor, checkpoint: &'a Checkpoint) -> Result<Job<'a>, String> {
-        let n_values = tensor.ne.iter().try_fold(1u64, |n, &d| n.checked_mul(d)).ok_or("its shape overflows")?;
-        let size_bytes = gguf::size_bytes(tensor.block_type, &tensor.ne).ok_or("its shape overflows")?;
+    fn new(
+        part: usize,
+        tensor: &'a PlannedTensor,
+        checkpoint: &'a Checkpoint,
+    ) -> Result<Job<'a>, String> {
+        let n_values = tensor
+            .ne
+            .iter()
+            .try_fold(1u64, |n, &d| n.checked_mul(d))
+            .ok_or("its shape overflows")?;
+        let size_bytes =
+            gguf::size_bytes(tensor.block_type, &tensor.ne).ok_or("its shape overflows")?;
         if n_values == 0 {
             return Err(format!("shape {:?} holds nothing", tensor.ne));
         }
         let (names, transform) = match &tensor.values {
             Values::Computed { values } => {
                 if values.len() as u64 != n_values {
-                    return Err(format!("{} values are planned for shape {:?}", values.len(), tensor.ne));
+                    return Err(format!(
+                        "{} values are planned for shape {:?}",
+                        values.len(),
+                        tensor.ne
+                    ));
                 }
-                return Ok(Job { part, tensor, sources: Vec::new(), size_bytes, permutation: None });
+                return Ok(Job {
+                    part,
+                    tensor,
+                    sources: Vec::new(),
+                    size_bytes,
+                    permutation: None,
+                });
             }
             Values::Checkpoint { tensors, transform } => (tensors, *transform),
         };
@@ -99,7 +126,11 @@ impl<'a> Job<'a> {
             let source = JobSource::new(name, checkpoint)?;
             if (names.len() as u64).checked_mul(source.n_values) != Some(n_values) {
                 let shape = &source.tensor.shape;
-                return Err(format!("{} of shape {shape:?} like {name} do not make {:?}", names.len(), tensor.ne));
+                return Err(format!(
+                    "{} of shape {shape:?} like {name} do not make {:?}",
+                    names.len(),
+                    tensor.ne
+                ));
             }
             sources.push(source);
         }
@@ -109,9 +140,17 @@ impl<'a> Job<'a> {
         }
         let permutation = match transform {
             Transform::None | Transform::AddOne => None,
-            Transform::InterleaveRope { n_heads } => Some(Permutation::new(tensor, sources[0].n_values, n_heads)?),
+            Transform::InterleaveRope { n_heads } => {
+                Some(Permutation::new(tensor, sources[0].n_values, n_heads)?)
+            }
         };
-        Ok(Job { part, tensor, sources, size_bytes, permutation })
+        Ok(Job {
+            part,
+            tensor,
+            sources,
+            size_bytes,
+            permutation,
+        })
     }
 
     /// Cuts the job into chunks of about `max_values`, given its own index.
@@ -123,7 +162,9 @@ impl<'a> Job<'a> {
         let chunk_values = (max_values / unit).max(1) * unit;
         let lengths: Vec<u64> = match &self.tensor.values {
             Values::Computed { values } => vec![values.len() as u64],
-            Values::Checkpoint { .. } => self.sources.iter().map(|source| source.n_values).collect(),
+            Values::Checkpoint { .. } => {
+                self.sources.iter().map(|source| source.n_values).collect()
+            }
         };
         let mut chunks = Vec::new();
         for (source, &len) in lengths.iter().enumerate() {
@@ -132,7 +173,14 @@ impl<'a> Job<'a> {
                 let n_values = (len - start).min(chunk_values as u64) as usize;
                 let ends_source = start + n_values as u64 == len;
                 let ends_tensor = ends_source && source + 1 == lengths.len();
-                chunks.push(Chunk { job, source, start, n_values, ends_source, ends_tensor });
+                chunks.push(Chunk {
+                    job,
+                    source,
+                    start,
+                    n_values,
+                    ends_source,
+                    ends_tensor,
+                });
                 start += n_values as u64;
             }
         }
@@ -141,7 +189,13 @@ impl<'a> Job<'a> {
 
     /// The blocks of `chunk`, whose bytes in the checkpoint are `raw`, are put into `blocks`, followed by the
     /// padding after the tensor's last chunk. `tile` is scratch. Returns how many values were NaN or infinite.
-    pub(crate) fn encode(&self, chunk: &Chunk, raw: &[u8], tile: &mut Vec<f32>, blocks: &mut Vec<u8>) -> u64 {
+    pub(crate) fn encode(
+        &self,
+        chunk: &Chunk,
+        raw: &[u8],
+        tile: &mut Vec<f32>,
+        blocks: &mut Vec<u8>,
+    ) -> u64 {
         let block_type = self.tensor.block_type;
         let n_bytes = block_bytes(block_type, chunk.n_values);
         let padding = if chunk.ends_tensor {
@@ -185,21 +239,35 @@ impl<'a> Job<'a> {
 
 impl<'a> JobSource<'a> {
     fn new(name: &'a str, checkpoint: &'a Checkpoint) -> Result<JobSource<'a>, String> {
-        let tensor = checkpoint.tensor(name).ok_or_else(|| format!("the checkpoint has no tensor {name}"))?;
+        let tensor = checkpoint
+            .tensor(name)
+            .ok_or_else(|| format!("the checkpoint has no tensor {name}"))?;
         let dtype = match tensor.dtype {
             Dtype::F32 => BlockType::F32,
             Dtype::F16 => BlockType::F16,
             Dtype::BF16 => BlockType::BF16,
-            other => return Err(format!("{name} has type {other}, expected F32, F16 or BF16")),
+            other => {
+                return Err(format!(
+                    "{name} has type {other}, expected F32, F16 or BF16"
+                ));
+            }
         };
         let n_values = tensor.size_bytes / dtype.block_bytes() as u64;
-        Ok(JobSource { name, tensor, dtype, n_values })
+        Ok(JobSource {
+            name,
+            tensor,
+            dtype,
+            n_values,
+        })
     }
 
     /// Which bytes of the source's file `chunk` is.
     pub(crate) fn range(&self, chunk: &Chunk) -> (u64, usize) {
         let value_bytes = self.dtype.block_bytes();
-        (self.tensor.offset_bytes + chunk.start * value_bytes as u64, chunk.n_values * value_bytes)
+        (
+            self.tensor.offset_bytes + chunk.start * value_bytes as u64,
+            chunk.n_values * value_bytes,
+        )
     }
 }
 
@@ -210,15 +278,22 @@ impl Permutation {
         let n_rows = n_values / row_len.max(1);
         let n_heads = u64::from(n_heads);
         if n_heads == 0 || !n_rows.is_multiple_of(2 * n_heads) {
-            return Err(format!("{n_rows} rows are not {n_heads} heads of an even number of rows"));
+            return Err(format!(
+                "{n_rows} rows are not {n_heads} heads of an even number of rows"
+            ));
         }
         let head_rows = n_rows / n_heads;
-        let n_values = head_rows.checked_mul(row_len).filter(|&n| n <= MAX_HEAD_VALUES);
+        let n_values = head_rows
+            .checked_mul(row_len)
+            .filter(|&n| n <= MAX_HEAD_VALUES);
         match n_values {
-            Some(n) if n.is_multiple_of(tensor.block_type.block_len() as u64) => {
-                Ok(Permutation { head_rows: head_rows as usize, row_len: row_len as usize })
-            }
-            _ => Err(format!("a head of {head_rows} rows of {row_len} cannot be reordered")),
+            Some(n) if n.is_multiple_of(tensor.block_type.block_len() as u64) => Ok(Permutation {
+                head_rows: head_rows as usize,
+                row_len: row_len as usize,
+            }),
+            _ => Err(format!(
+                "a head of {head_rows} rows of {row_len} cannot be reordered"
+            )),
         }
     }
 
@@ -227,7 +302,9 @@ impl Permutation {
     fn decode(self, dtype: BlockType, raw: &[u8], values: &mut [f32]) {
         let row_bytes = block_bytes(dtype, self.row_len);
         let (first, second) = raw.split_at(raw.len() / 2);
-        let pairs = first.chunks_exact(row_bytes).zip(second.chunks_exact(row_bytes));
+        let pairs = first
+            .chunks_exact(row_bytes)
+            .zip(second.chunks_exact(row_bytes));
         for ((first, second), out) in pairs.zip(values.chunks_exact_mut(2 * self.row_len)) {
             let (even, odd) = out.split_at_mut(self.row_len);
             quant::decode(dtype, first, even);
@@ -252,6 +329,14 @@ pub(crate) fn fit(buffer: &mut Vec<u8>, len: usize) {
 fn n_nonfinite(values: &[f32]) -> u64 {
     const EXPONENT: u32 = 0x7f80_0000;
     // Counted in 32 bits a piece, which the compiler turns into vector instructions.
-    let n_bad = |piece: &[f32]| piece.iter().map(|v| u32::from(v.to_bits() & EXPONENT == EXPONENT)).sum::<u32>();
-    values.chunks(1 << 20).map(|piece| u64::from(n_bad(piece))).sum()
+    let n_bad = |piece: &[f32]| {
+        piece
+            .iter()
+            .map(|v| u32::from(v.to_bits() & EXPONENT == EXPONENT))
+            .sum::<u32>()
+    };
+    values
+        .chunks(1 << 20)
+        .map(|piece| u64::from(n_bad(piece)))
+        .sum()
 }

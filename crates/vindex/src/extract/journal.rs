@@ -13,8 +13,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
 
-/// Name in the output directory.
-pub(crate) const JOURNAL_FILE: &str = "extract.journal";
+/// Name in the output directory. A directory with it and without `index.json` holds an interrupted extraction.
+pub const JOURNAL_FILE: &str = "extract.journal";
 
 /// What the journal of the largest models can take is about 4 MB.
 const MAX_JOURNAL_BYTES: u64 = 64 << 20;
@@ -55,38 +55,66 @@ impl Journal {
     pub(crate) fn open(dir: &Path) -> Result<Journal, Error> {
         let path = dir.join(JOURNAL_FILE);
         let mut options = OpenOptions::new();
-        let file = options.read(true).write(true).create(true).truncate(false).open(&path);
+        let file = options
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(&path);
         let mut file = file.map_err(Error::io("create", &path))?;
         match file.try_lock() {
             Ok(()) => {}
-            Err(TryLockError::WouldBlock) => return Err(Error::Locked { path: dir.to_owned() }),
+            Err(TryLockError::WouldBlock) => {
+                return Err(Error::Locked {
+                    path: dir.to_owned(),
+                });
+            }
             Err(TryLockError::Error(e)) => return Err(Error::io("lock", &path)(e)),
         }
         let mut text = Vec::new();
-        (&mut file).take(MAX_JOURNAL_BYTES).read_to_end(&mut text).map_err(Error::io("read", &path))?;
-        let mut lines = text.split_inclusive(|&b| b == b'\n').filter(|line| line.ends_with(b"\n"));
+        (&mut file)
+            .take(MAX_JOURNAL_BYTES)
+            .read_to_end(&mut text)
+            .map_err(Error::io("read", &path))?;
+        let mut lines = text
+            .split_inclusive(|&b| b == b'\n')
+            .filter(|line| line.ends_with(b"\n"));
         let mut whole_bytes = 0;
         let mut digest = None;
         if let Some(line) = lines.next() {
             let first = serde_json::from_slice::<FirstLine>(line);
-            let foreign = |_| Error::ForeignFile { path: dir.to_owned(), file: JOURNAL_FILE.to_owned() };
+            let foreign = |_| Error::ForeignFile {
+                path: dir.to_owned(),
+                file: JOURNAL_FILE.to_owned(),
+            };
             digest = Some(first.map_err(foreign)?.plan);
             whole_bytes += line.len() as u64;
         }
         let mut parts = BTreeMap::new();
         for line in lines {
-            let Ok(part) = serde_json::from_slice::<FinishedPart>(line) else { break };
+            let Ok(part) = serde_json::from_slice::<FinishedPart>(line) else {
+                break;
+            };
             parts.insert(part.file.clone(), part);
             whole_bytes += line.len() as u64;
         }
-        file.set_len(whole_bytes).map_err(Error::io("write", &path))?;
-        file.seek(SeekFrom::End(0)).map_err(Error::io("write", &path))?;
-        Ok(Journal { path, file, digest, parts })
+        file.set_len(whole_bytes)
+            .map_err(Error::io("write", &path))?;
+        file.seek(SeekFrom::End(0))
+            .map_err(Error::io("write", &path))?;
+        Ok(Journal {
+            path,
+            file,
+            digest,
+            parts,
+        })
     }
 
     /// Writes the first line of a new journal.
     pub(crate) fn begin(&mut self, digest: &str) -> Result<(), Error> {
-        self.append(&FirstLine { plan: digest.to_owned() })?;
+        self.append(&FirstLine {
+            plan: digest.to_owned(),
+        })?;
         self.digest = Some(digest.to_owned());
         Ok(())
     }
@@ -100,7 +128,9 @@ impl Journal {
 
     /// New, or of the plan with this digest.
     pub(crate) fn is_ours(&self, digest: &str) -> bool {
-        self.digest.as_deref().is_none_or(|of_journal| of_journal == digest)
+        self.digest
+            .as_deref()
+            .is_none_or(|of_journal| of_journal == digest)
     }
 
     /// Removes the file; the extraction is complete, or never began.
@@ -111,7 +141,9 @@ impl Journal {
     fn append(&mut self, line: &impl Serialize) -> Result<(), Error> {
         let mut text = serde_json::to_string(line).expect("plain data serialises");
         text.push('\n');
-        self.file.write_all(text.as_bytes()).map_err(Error::io("write", &self.path))?;
+        self.file
+            .write_all(text.as_bytes())
+            .map_err(Error::io("write", &self.path))?;
         self.file.sync_data().map_err(Error::io("sync", &self.path))
     }
 }

@@ -29,27 +29,48 @@ impl<'a> Layout<'a> {
     /// [`Error::Plan`] when a tensor's row is no whole number of blocks, its size overflows, or the plan cannot be
     /// numbered as a split GGUF.
     pub(crate) fn new(plan: &'a Plan) -> Result<Layout<'a>, Error> {
-        let wrong = |tensor: &str, reason: String| Error::Plan { tensor: tensor.to_owned(), reason };
+        let wrong = |tensor: &str, reason: String| Error::Plan {
+            tensor: tensor.to_owned(),
+            reason,
+        };
         let n_tensors: usize = plan.parts.iter().map(|part| part.tensors.len()).sum();
         if u16::try_from(plan.parts.len()).is_err() || i32::try_from(n_tensors).is_err() {
-            return Err(wrong("*", format!("{} parts do not fit a split GGUF", plan.parts.len())));
+            return Err(wrong(
+                "*",
+                format!("{} parts do not fit a split GGUF", plan.parts.len()),
+            ));
         }
+        let mut total: u64 = 0;
         for part in &plan.parts {
-            let mut total: u64 = 0;
             for tensor in &part.tensors {
                 let size = gguf::size_bytes(tensor.block_type, &tensor.ne).and_then(gguf::aligned);
-                let sum = size.and_then(|size| total.checked_add(size)).filter(|&sum| sum < 1 << 62);
+                let sum = size
+                    .and_then(|size| total.checked_add(size))
+                    .filter(|&sum| sum < 1 << 62);
                 total = sum.ok_or_else(|| {
-                    wrong(&tensor.name, format!("its shape {:?} cannot be stored as {}", tensor.ne, tensor.block_type))
+                    wrong(
+                        &tensor.name,
+                        format!(
+                            "its shape {:?} cannot be stored as {}",
+                            tensor.ne, tensor.block_type
+                        ),
+                    )
                 })?;
             }
         }
-        let mut layout = Layout { plan, parts: Vec::new() };
+        let mut layout = Layout {
+            plan,
+            parts: Vec::new(),
+        };
         for (i, part) in plan.parts.iter().enumerate() {
             let (_, mut places) = layout.header_and_places(i, part);
             let size_bytes = places.pop().unwrap_or(0);
             let file = part_file(&plan.stem, i, plan.parts.len());
-            layout.parts.push(PartLayout { file, size_bytes, offsets_bytes: places });
+            layout.parts.push(PartLayout {
+                file,
+                size_bytes,
+                offsets_bytes: places,
+            });
         }
         Ok(layout)
     }
@@ -68,9 +89,14 @@ impl<'a> Layout<'a> {
         ];
         let of_model: &[(String, MetaValue)] = if i == 0 { &self.plan.metadata } else { &[] };
         let of_model = of_model.iter().map(|(key, value)| (key.as_str(), value));
-        let metadata: Vec<_> = of_model.chain(split.iter().map(|(key, value)| (*key, value))).collect();
-        let tensors: Vec<_> =
-            part.tensors.iter().map(|t| (t.name.as_str(), t.ne.as_slice(), t.block_type)).collect();
+        let metadata: Vec<_> = of_model
+            .chain(split.iter().map(|(key, value)| (*key, value)))
+            .collect();
+        let tensors: Vec<_> = part
+            .tensors
+            .iter()
+            .map(|t| (t.name.as_str(), t.ne.as_slice(), t.block_type))
+            .collect();
         gguf::write_header(metadata.into_iter(), &tensors)
     }
 }

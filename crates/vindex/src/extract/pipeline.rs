@@ -56,7 +56,12 @@ pub(crate) struct Run<'a> {
 pub(crate) fn run(run: &Run<'_>, wanted: &[usize], journal: &mut Journal) -> Result<(), Error> {
     let window_size = N_READERS + 2 * run.n_threads;
     let max_values = (VALUES_IN_FLIGHT / window_size).clamp(1, CHUNK_VALUES_MAX);
-    let chunks: Vec<Chunk> = run.jobs.iter().enumerate().flat_map(|(i, job)| job.chunks(i, max_values)).collect();
+    let chunks: Vec<Chunk> = run
+        .jobs
+        .iter()
+        .enumerate()
+        .flat_map(|(i, job)| job.chunks(i, max_values))
+        .collect();
     let window = Window::new(window_size);
     let spare = Spare::default();
     let (to_encoders, from_readers) = channel();
@@ -76,12 +81,17 @@ pub(crate) fn run(run: &Run<'_>, wanted: &[usize], journal: &mut Journal) -> Res
             scope.spawn(move || encode(run, chunks, window, spare, from_readers, &to_writer));
         }
         drop(to_writer);
-        let writer = scope.spawn(move || write(run, chunks, wanted, window, &from_encoders, &to_hasher));
+        let writer =
+            scope.spawn(move || write(run, chunks, wanted, window, &from_encoders, &to_hasher));
         let hasher = scope.spawn(move || hash(run, window, spare, &from_writer, &to_committer));
         let committed = commit(run, window, &from_hasher, journal);
         drop(from_hasher);
-        let written = writer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-        hasher.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        let written = writer
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        hasher
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         written.and(committed)
     })
 }
@@ -101,7 +111,11 @@ struct Blocks {
 /// What the writer tells the hasher.
 enum Written {
     /// The header of a part, written to its partial file.
-    Begin { part: usize, file: File, header: Vec<u8> },
+    Begin {
+        part: usize,
+        file: File,
+        header: Vec<u8>,
+    },
     /// The next bytes of it.
     Chunk { chunk: Chunk, bytes: Vec<u8> },
     /// All of it is written.
@@ -115,7 +129,13 @@ struct Closed {
     finished: FinishedPart,
 }
 
-fn read(run: &Run<'_>, chunks: &[Chunk], window: &Window, spare: &Spare, to_encoders: &Sender<Numbered<Vec<u8>>>) {
+fn read(
+    run: &Run<'_>,
+    chunks: &[Chunk],
+    window: &Window,
+    spare: &Spare,
+    to_encoders: &Sender<Numbered<Vec<u8>>>,
+) {
     let _guard = StopOnPanic(window);
     while let Some(seq) = window.next(chunks.len()) {
         let chunk = &chunks[seq];
@@ -127,11 +147,14 @@ fn read(run: &Run<'_>, chunks: &[Chunk], window: &Window, spare: &Spare, to_enco
                 let mut raw = spare.take();
                 fit(&mut raw, len);
                 let file = &source.tensor.file;
-                run.source.read_at(file, offset_bytes, &mut raw).map(|()| raw).map_err(|e| Error::Values {
-                    file: file.clone(),
-                    tensor: source.name.to_owned(),
-                    source: e,
-                })
+                run.source
+                    .read_at(file, offset_bytes, &mut raw)
+                    .map(|()| raw)
+                    .map_err(|e| Error::Values {
+                        file: file.clone(),
+                        tensor: source.name.to_owned(),
+                        source: e,
+                    })
             }
         };
         if to_encoders.send(Numbered { seq, value }).is_err() {
@@ -151,7 +174,9 @@ fn encode(
     let _guard = StopOnPanic(window);
     let mut tile = Vec::new();
     loop {
-        let Ok(Numbered { seq, value }) = lock(from_readers).recv() else { return };
+        let Ok(Numbered { seq, value }) = lock(from_readers).recv() else {
+            return;
+        };
         let value = value.map(|raw| {
             let mut bytes = spare.take();
             let chunk = &chunks[seq];
@@ -184,10 +209,20 @@ fn write(
         let header = run.layout.header(part);
         file.write_all(&header).map_err(Error::io("write", &path))?;
         let handle = file.try_clone().map_err(Error::io("write", &path))?;
-        if to_hasher.send(Written::Begin { part, file: handle, header }).is_err() {
+        if to_hasher
+            .send(Written::Begin {
+                part,
+                file: handle,
+                header,
+            })
+            .is_err()
+        {
             return Ok(());
         }
-        while let Some(chunk) = chunks.get(seq).filter(|chunk| run.jobs[chunk.job].part == part) {
+        while let Some(chunk) = chunks
+            .get(seq)
+            .filter(|chunk| run.jobs[chunk.job].part == part)
+        {
             let blocks = loop {
                 if let Some(blocks) = early.remove(&seq) {
                     break blocks;
@@ -197,14 +232,23 @@ fn write(
                     Err(_) => return Ok(()),
                 };
             };
-            let Blocks { bytes, n_nonfinite: n } = blocks?;
+            let Blocks {
+                bytes,
+                n_nonfinite: n,
+            } = blocks?;
             n_nonfinite += n;
             if chunk.ends_source {
                 check_nonfinite(run, chunk, n_nonfinite)?;
                 n_nonfinite = 0;
             }
             file.write_all(&bytes).map_err(Error::io("write", &path))?;
-            if to_hasher.send(Written::Chunk { chunk: *chunk, bytes }).is_err() {
+            if to_hasher
+                .send(Written::Chunk {
+                    chunk: *chunk,
+                    bytes,
+                })
+                .is_err()
+            {
                 return Ok(());
             }
             seq += 1;
@@ -217,12 +261,26 @@ fn write(
 }
 
 fn check_nonfinite(run: &Run<'_>, chunk: &Chunk, count: u64) -> Result<(), Error> {
-    let Some(source) = run.jobs[chunk.job].sources.get(chunk.source).filter(|_| count > 0) else { return Ok(()) };
+    let Some(source) = run.jobs[chunk.job]
+        .sources
+        .get(chunk.source)
+        .filter(|_| count > 0)
+    else {
+        return Ok(());
+    };
     let (file, tensor) = (source.tensor.file.clone(), source.name.to_owned());
     if !run.allow_nonfinite {
-        return Err(Error::NonFinite { file, tensor, count });
+        return Err(Error::NonFinite {
+            file,
+            tensor,
+            count,
+        });
     }
-    (run.progress)(Progress::NonFinite { file, tensor, count });
+    (run.progress)(Progress::NonFinite {
+        file,
+        tensor,
+        count,
+    });
     Ok(())
 }
 
@@ -246,15 +304,26 @@ fn hash(
                     sha256: String::new(),
                     experts: BTreeMap::new(),
                 };
-                open = Some((Closed { part, file, finished }, Sha256::new_with_prefix(&header)));
+                open = Some((
+                    Closed {
+                        part,
+                        file,
+                        finished,
+                    },
+                    Sha256::new_with_prefix(&header),
+                ));
                 (run.progress)(Progress::Bytes(header.len() as u64));
             }
             Written::Chunk { chunk, bytes } => {
-                let Some((closed, sha256)) = &mut open else { return };
+                let Some((closed, sha256)) = &mut open else {
+                    return;
+                };
                 sha256.update(&bytes);
                 let tensor = run.jobs[chunk.job].tensor;
                 if let Some(n) = n_experts(&tensor.name, &tensor.ne) {
-                    let hashes = experts.get_or_insert_with(|| ExpertHashes::new(run.jobs[chunk.job].size_bytes / n));
+                    let hashes = experts.get_or_insert_with(|| {
+                        ExpertHashes::new(run.jobs[chunk.job].size_bytes / n)
+                    });
                     hashes.update(&bytes);
                     if chunk.ends_tensor {
                         let mut hashes = experts.take().map(|e| e.finished).unwrap_or_default();
@@ -267,7 +336,9 @@ fn hash(
                 window.done();
             }
             Written::End => {
-                let Some((mut closed, sha256)) = open.take() else { return };
+                let Some((mut closed, sha256)) = open.take() else {
+                    return;
+                };
                 closed.finished.sha256 = hex(&sha256.finalize());
                 if to_committer.send(closed).is_err() {
                     return;
@@ -287,7 +358,12 @@ struct ExpertHashes {
 
 impl ExpertHashes {
     fn new(expert_bytes: u64) -> ExpertHashes {
-        ExpertHashes { expert_bytes, left_bytes: expert_bytes, sha256: Sha256::new(), finished: Vec::new() }
+        ExpertHashes {
+            expert_bytes,
+            left_bytes: expert_bytes,
+            sha256: Sha256::new(),
+            finished: Vec::new(),
+        }
     }
 
     fn update(&mut self, mut bytes: &[u8]) {
@@ -303,9 +379,19 @@ impl ExpertHashes {
     }
 }
 
-fn commit(run: &Run<'_>, window: &Window, from_hasher: &Receiver<Closed>, journal: &mut Journal) -> Result<(), Error> {
+fn commit(
+    run: &Run<'_>,
+    window: &Window,
+    from_hasher: &Receiver<Closed>,
+    journal: &mut Journal,
+) -> Result<(), Error> {
     let _guard = StopAtEnd(window);
-    while let Ok(Closed { part, file, finished }) = from_hasher.recv() {
+    while let Ok(Closed {
+        part,
+        file,
+        finished,
+    }) = from_hasher.recv()
+    {
         let path = run.dir.join(&finished.file);
         let partial = run.dir.join(finished.file.clone() + PARTIAL);
         file.sync_data().map_err(Error::io("sync", &partial))?;
@@ -313,7 +399,12 @@ fn commit(run: &Run<'_>, window: &Window, from_hasher: &Receiver<Closed>, journa
         let (file, size_bytes) = (finished.file.clone(), finished.size_bytes);
         journal.finished(finished)?;
         let n_parts = run.layout.parts.len();
-        (run.progress)(Progress::PartDone { index: part, n_parts, file, size_bytes });
+        (run.progress)(Progress::PartDone {
+            index: part,
+            n_parts,
+            file,
+            size_bytes,
+        });
     }
     Ok(())
 }
@@ -335,7 +426,11 @@ impl Window {
     fn new(size: usize) -> Window {
         Window {
             size,
-            state: Mutex::new(WindowState { n_taken: 0, n_done: 0, stopped: false }),
+            state: Mutex::new(WindowState {
+                n_taken: 0,
+                n_done: 0,
+                stopped: false,
+            }),
             moved: Condvar::new(),
         }
     }

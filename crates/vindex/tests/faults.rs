@@ -1,0 +1,766 @@
+//! What goes wrong around an extraction, an open and a verification, and what is said then.
+
+mod support;
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::path::Path;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use proptest::prelude::*;
+use support::{
+    FAMILIES, OPTIONS, chain, checkpoint_dir, copy_dir, copy_of, extracted, listing, run, run_plan,
+};
+use vindex::{
+    Checkpoint, Error, ExtractOptions, Index, LocalDir, Origin, PlannedTensor, Progress, Recipe,
+    Source, SourceError, SourceFile, Transform, Values, Vindex, Wrong, extract, plan, read_header,
+    verify,
+};
+
+/// Overwrites the bf16 value number `i` of a tensor in a checkpoint.
+fn poison(dir: &Path, tensor: &str, i: u64, bf16: u16) -> String {
+    let checkpoint = Checkpoint::open(&LocalDir::open(dir).unwrap()).unwrap();
+    let place = checkpoint.tensor(tensor).unwrap();
+    overwrite(
+        &dir.join(&place.file),
+        place.offset_bytes + 2 * i,
+        &bf16.to_le_bytes(),
+    );
+    place.file.clone()
+}
+
+fn overwrite(path: &Path, at: u64, bytes: &[u8]) {
+    let mut file = OpenOptions::new().write(true).open(path).unwrap();
+    file.seek(SeekFrom::Start(at)).unwrap();
+    file.write_all(bytes).unwrap();
+}
+
+fn flip(path: &Path, at: u64) {
+    let mut byte = [0];
+    let mut file = File::open(path).unwrap();
+    file.seek(SeekFrom::Start(at)).unwrap();
+    file.read_exact(&mut byte).unwrap();
+    overwrite(path, at, &[byte[0] ^ 1]);
+}
+
+const NAN: u16 = 0x7fc0;
+const INFINITY: u16 = 0x7f80;
+const MINUS_INFINITY: u16 = 0xff80;
+
+/// NaN and infinity stop an extraction with the file, the tensor and their number; parts before it are kept, and
+/// the run that allows them continues after those.
+#[test]
+fn nonfinite_weights_are_counted_and_refused_unless_allowed() {
+    let tmp = tempfile::tempdir().unwrap();
+    let dir = copy_of("llama3", tmp.path());
+    let out = tmp.path().join("out");
+    let bad = "model.layers.1.mlp.up_proj.weight";
+    let bad_file = poison(&dir, bad, 0, NAN);
+    poison(&dir, bad, 77, INFINITY);
+    poison(&dir, bad, 65535, MINUS_INFINITY);
+    let source = LocalDir::open(&dir).unwrap();
+
+    let (result, told) = run(&source, Recipe::Q4k, &out, &OPTIONS);
+    let error = result.unwrap_err();
+    let Error::NonFinite {
+        file,
+        tensor,
+        count,
+    } = &error
+    else {
+        panic!("{error}")
+    };
+    assert_eq!((file, tensor.as_str(), *count), (&bad_file, bad, 3));
+    let n_done = told
+        .iter()
+        .filter(|p| matches!(p, Progress::PartDone { .. }))
+        .count();
+    assert_eq!(n_done, 5, "the parts before the bad one are finished");
+    assert!(matches!(
+        Vindex::open(&out).unwrap_err(),
+        Error::NotAVindex { .. }
+    ));
+    assert!(
+        !listing(&out).iter().any(|name| name.ends_with(".partial")),
+        "{:?}",
+        listing(&out)
+    );
+
+    let options = ExtractOptions {
+        allow_nonfinite: true,
+        ..OPTIONS
+    };
+    let (id, told) = run(&source, Recipe::Q4k, &out, &options);
+    let kept = told
+        .iter()
+        .filter(|p| matches!(p, Progress::PartKept { .. }))
+        .count();
+    assert_eq!(kept, n_done);
+    let expected = Progress::NonFinite {
+        file: bad_file,
+        tensor: bad.to_owned(),
+        count: 3,
+    };
+    assert_eq!(
+        told.iter()
+            .filter(|p| matches!(p, Progress::NonFinite { .. }))
+            .collect::<Vec<_>>(),
+        [&expected]
+    );
+    assert_eq!(verify(&out, &|_| ()).unwrap().id, id.unwrap());
+}
+
+/// Reads as the directory does, until the line is cut.
+struct Cut<'a> {
+    source: LocalDir,
+    reads_left: AtomicUsize,
+    failed: &'a Mutex<Vec<String>>,
+}
+
+impl Source for Cut<'_> {
+    fn files(&self) -> Result<Vec<SourceFile>, SourceError> {
+        self.source.files()
+    }
+
+    fn read_at(&self, path: &str, offset_bytes: u64, buf: &mut [u8]) -> Result<(), SourceError> {
+        if self
+            .reads_left
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1))
+            .is_err()
+        {
+            self.failed.lock().unwrap().push(path.to_owned());
+            return Err("connection reset".into());
+        }
+        self.source.read_at(path, offset_bytes, buf)
+    }
+
+    fn origin(&self) -> Origin {
+        self.source.origin()
+    }
+
+    fn fingerprint(&self) -> Result<String, SourceError> {
+        self.source.fingerprint()
+    }
+}
+
+/// A source that fails is told with file and tensor, at whichever read it happens; the next run goes on.
+#[test]
+fn a_cut_connection_names_file_and_tensor_and_loses_nothing() {
+    let tmp = tempfile::tempdir().unwrap();
+    let expected = extracted("qwen3", Recipe::Q8_0, &tmp.path().join("whole"));
+    let plan = plan(
+        &LocalDir::open(&checkpoint_dir("qwen3")).unwrap(),
+        Recipe::Q8_0,
+    )
+    .unwrap();
+    let mut n_kept_most = 0;
+    for n_reads in [0, 2, 3, 9, 14, 20, 24] {
+        let out = tmp.path().join(n_reads.to_string());
+        let failed = Mutex::new(Vec::new());
+        let source = LocalDir::open(&checkpoint_dir("qwen3")).unwrap();
+        let cut = Cut {
+            source,
+            reads_left: AtomicUsize::new(n_reads),
+            failed: &failed,
+        };
+        let error = run_plan(&cut, &plan, &out, &OPTIONS).0.unwrap_err();
+        let text = chain(&error);
+        assert!(
+            text.contains("model.safetensors") && text.ends_with(": connection reset"),
+            "{text}"
+        );
+        if n_reads >= 2 {
+            assert!(
+                matches!(&error, Error::Values { tensor, .. } if tensor.ends_with(".weight")),
+                "{text}"
+            );
+        }
+        assert!(!failed.lock().unwrap().is_empty());
+        cut.reads_left.store(usize::MAX, Ordering::SeqCst);
+        let (id, told) = run_plan(&cut, &plan, &out, &OPTIONS);
+        assert_eq!(id.unwrap(), expected);
+        n_kept_most = n_kept_most.max(
+            told.iter()
+                .filter(|p| matches!(p, Progress::PartKept { .. }))
+                .count(),
+        );
+    }
+    assert!(n_kept_most >= 3, "{n_kept_most}");
+}
+
+/// Leaves an extraction of llama3 with `recipe` that was interrupted in its last part.
+fn interrupted(recipe: Recipe, tmp: &Path) -> (LocalDir, std::path::PathBuf) {
+    let dir = copy_of("llama3", tmp);
+    poison(&dir, "model.layers.1.mlp.down_proj.weight", 5, NAN);
+    let source = LocalDir::open(&dir).unwrap();
+    let out = tmp.join("out");
+    run(&source, recipe, &out, &OPTIONS).0.unwrap_err();
+    (source, out)
+}
+
+const ALLOWED: ExtractOptions = ExtractOptions {
+    threads: 2,
+    allow_nonfinite: true,
+};
+
+/// An interrupted extraction is only continued by the same plan from the same source.
+#[test]
+fn another_plan_or_source_does_not_continue() {
+    let tmp = tempfile::tempdir().unwrap();
+    let (source, out) = interrupted(Recipe::Q8_0, tmp.path());
+    let before = listing(&out);
+    let error = run(&source, Recipe::Q4k, &out, &ALLOWED).0.unwrap_err();
+    assert!(
+        matches!(&error, Error::OtherPlan { path, .. } if *path == out),
+        "{error}"
+    );
+
+    // The same checkpoint with other weights: equal names and sizes, a later change.
+    let file = tmp.path().join("llama3/model-00001-of-00002.safetensors");
+    let later =
+        fs::metadata(&file).unwrap().modified().unwrap() + std::time::Duration::from_secs(2);
+    File::options()
+        .write(true)
+        .open(&file)
+        .unwrap()
+        .set_modified(later)
+        .unwrap();
+    let changed = LocalDir::open(&tmp.path().join("llama3")).unwrap();
+    let error = run(&changed, Recipe::Q8_0, &out, &ALLOWED).0.unwrap_err();
+    assert!(matches!(&error, Error::OtherPlan { .. }), "{error}");
+    assert_eq!(listing(&out), before);
+}
+
+/// Finished parts are trusted only after their hash is checked.
+#[test]
+fn a_damaged_part_of_an_interrupted_extraction_is_made_again() {
+    let tmp = tempfile::tempdir().unwrap();
+    let (source, out) = interrupted(Recipe::Q8_0, tmp.path());
+    let parts: Vec<String> = listing(&out)
+        .into_iter()
+        .filter(|name| name.ends_with(".gguf"))
+        .collect();
+    assert_eq!(parts.len(), 5);
+    flip(&out.join(&parts[1]), 1000);
+    fs::remove_file(out.join(&parts[2])).unwrap();
+    File::options()
+        .write(true)
+        .open(out.join(&parts[3]))
+        .unwrap()
+        .set_len(100)
+        .unwrap();
+    let (id, told) = run(&source, Recipe::Q8_0, &out, &ALLOWED);
+    let kept: Vec<usize> = told
+        .iter()
+        .filter_map(|p| {
+            if let Progress::PartKept { index, .. } = p {
+                Some(*index)
+            } else {
+                None
+            }
+        })
+        .collect();
+    assert_eq!(kept, [0, 4]);
+    assert_eq!(verify(&out, &|_| ()).unwrap().id, id.unwrap());
+    assert!(!out.join("extract.journal").exists());
+}
+
+/// Nothing is written among files that are not ours.
+#[test]
+fn foreign_files_are_refused() {
+    let tmp = tempfile::tempdir().unwrap();
+    let source = LocalDir::open(&checkpoint_dir("qwen2")).unwrap();
+    let out = tmp.path().join("mine");
+    fs::create_dir(&out).unwrap();
+    fs::write(out.join("thesis.txt"), "text").unwrap();
+    let error = run(&source, Recipe::F16, &out, &OPTIONS).0.unwrap_err();
+    assert!(
+        matches!(&error, Error::ForeignFile { file, .. } if file == "thesis.txt"),
+        "{error}"
+    );
+    assert_eq!(listing(&out), ["thesis.txt"]);
+
+    // A part without a journal may be anybody's; a journal that is none is not overwritten.
+    for (name, text) in [
+        ("qwen2-f16-00001-of-00006.gguf", "x"),
+        ("extract.journal", "dear diary\n"),
+    ] {
+        let out = tmp.path().join(name).join("out");
+        fs::create_dir_all(&out).unwrap();
+        fs::write(out.join(name), text).unwrap();
+        let error = run(&source, Recipe::F16, &out, &OPTIONS).0.unwrap_err();
+        assert!(
+            matches!(&error, Error::ForeignFile { file, .. } if file == name),
+            "{error}"
+        );
+        assert_eq!(listing(&out), [name]);
+        assert_eq!(fs::read_to_string(out.join(name)).unwrap(), text);
+    }
+}
+
+/// While one extraction writes, another into the same directory is refused and disturbs nothing.
+#[test]
+fn two_extractions_do_not_collide() {
+    let tmp = tempfile::tempdir().unwrap();
+    let out = tmp.path().join("out");
+    let source = LocalDir::open(&checkpoint_dir("qwen2")).unwrap();
+    let plan = plan(&source, Recipe::Q4k).unwrap();
+    let refusals = Mutex::new(Vec::new());
+    let id = extract(&source, &plan, &out, &OPTIONS, &|progress| {
+        if let Progress::PartDone { .. } = progress {
+            let second = extract(&source, &plan, &out, &OPTIONS, &|_| ());
+            refusals.lock().unwrap().push(second.unwrap_err());
+        }
+    });
+    let refusals = refusals.into_inner().unwrap();
+    assert_eq!(refusals.len(), plan.parts.len());
+    assert!(
+        refusals
+            .iter()
+            .all(|error| matches!(error, Error::Locked { .. })),
+        "{refusals:?}"
+    );
+    assert_eq!(verify(&out, &|_| ()).unwrap().id, id.unwrap());
+}
+
+/// A killed process may leave the journal beside a finished index; the next run of the same plan tidies up.
+#[test]
+fn a_journal_left_beside_a_finished_index_is_removed() {
+    let tmp = tempfile::tempdir().unwrap();
+    let out = tmp.path().join("out");
+    let source = LocalDir::open(&checkpoint_dir("qwen2")).unwrap();
+    let plan = plan(&source, Recipe::Q4k).unwrap();
+    let journal = Mutex::new(Vec::new());
+    let id = extract(&source, &plan, &out, &OPTIONS, &|progress| {
+        if let Progress::PartDone { .. } = progress {
+            *journal.lock().unwrap() = fs::read(out.join("extract.journal")).unwrap();
+        }
+    })
+    .unwrap();
+    fs::write(out.join("extract.journal"), journal.into_inner().unwrap()).unwrap();
+    assert_eq!(Vindex::open(&out).unwrap().id(), id);
+    let other = run(&source, Recipe::F16, &out, &OPTIONS).0.unwrap_err();
+    assert!(matches!(other, Error::OutputExists { .. }), "{other}");
+    assert_eq!(run_plan(&source, &plan, &out, &OPTIONS).0.unwrap(), id);
+    assert!(!out.join("extract.journal").exists());
+}
+
+/// An output that cannot be made is told with its path.
+#[test]
+fn an_unwritable_output_is_named() {
+    let tmp = tempfile::tempdir().unwrap();
+    fs::write(tmp.path().join("file"), "").unwrap();
+    let out = tmp.path().join("file").join("out");
+    let source = LocalDir::open(&checkpoint_dir("qwen2")).unwrap();
+    let error = run(&source, Recipe::F16, &out, &OPTIONS).0.unwrap_err();
+    assert!(
+        matches!(&error, Error::Io { action: "create", path, .. } if *path == out),
+        "{error}"
+    );
+}
+
+/// A plan that is larger than the free space is refused before anything is written. The checkpoint is a sparse file.
+#[cfg(unix)]
+#[test]
+fn a_plan_that_does_not_fit_the_disk_is_refused_at_once() {
+    let tmp = tempfile::tempdir().unwrap();
+    let dir = tmp.path().join("huge");
+    fs::create_dir(&dir).unwrap();
+    let n_rows: u64 = 1 << 31;
+    let header = format!(
+        "{{\"huge\":{{\"dtype\":\"BF16\",\"shape\":[{n_rows},1024],\"data_offsets\":[0,{}]}}}}",
+        n_rows * 2048
+    );
+    let mut file = File::create(dir.join("model.safetensors")).unwrap();
+    file.write_all(&(header.len() as u64).to_le_bytes())
+        .unwrap();
+    file.write_all(header.as_bytes()).unwrap();
+    file.set_len(8 + header.len() as u64 + n_rows * 2048)
+        .unwrap();
+    let source = LocalDir::open(&dir).unwrap();
+    let mut plan = plan(
+        &LocalDir::open(&checkpoint_dir("qwen2")).unwrap(),
+        Recipe::F32,
+    )
+    .unwrap();
+    plan.parts.truncate(2);
+    plan.parts[1].tensors = vec![PlannedTensor {
+        name: "token_embd.weight".to_owned(),
+        ne: vec![1024, n_rows],
+        block_type: quant::BlockType::F32,
+        values: Values::Checkpoint {
+            tensors: vec!["huge".to_owned()],
+            transform: Transform::None,
+        },
+    }];
+    let out = tmp.path().join("out");
+    let error = run_plan(&source, &plan, &out, &OPTIONS).0.unwrap_err();
+    let Error::NoSpace {
+        needed_bytes,
+        available_bytes,
+        ..
+    } = &error
+    else {
+        panic!("{error}")
+    };
+    assert!(
+        *needed_bytes > n_rows * 4096 && available_bytes < needed_bytes,
+        "{error}"
+    );
+    assert!(!out.exists(), "nothing is left behind");
+}
+
+/// A plan and a source that do not belong together are told before anything is written.
+#[test]
+fn a_plan_for_another_checkpoint_is_refused() {
+    let tmp = tempfile::tempdir().unwrap();
+    let out = tmp.path().join("out");
+    let plan = plan(
+        &LocalDir::open(&checkpoint_dir("gemma3")).unwrap(),
+        Recipe::F32,
+    )
+    .unwrap();
+    let source = LocalDir::open(&checkpoint_dir("llama")).unwrap();
+    let error = run_plan(&source, &plan, &out, &OPTIONS).0.unwrap_err();
+    assert!(matches!(&error, Error::Plan { .. }), "{error}");
+    assert!(!out.exists());
+}
+
+/// The wrong parts of a damaged vindex, as text.
+fn damage(dir: &Path) -> Vec<String> {
+    let error = verify(dir, &|_| ()).unwrap_err();
+    let Error::Damaged { wrong, .. } = &error else {
+        panic!("{error}")
+    };
+    for part in wrong {
+        assert!(error.to_string().contains(&part.to_string()), "{error}");
+    }
+    let without_hash = |part: &vindex::WrongPart| {
+        let mut part = part.clone();
+        if let Wrong::Sha256 { expected, got } = &mut part.what {
+            *expected = "(as recorded)".to_owned();
+            *got = "(another)".to_owned();
+        }
+        part.to_string()
+    };
+    wrong.iter().map(without_hash).collect()
+}
+
+/// One flipped bit is found in whichever part, wherever in it; only that part is blamed.
+#[test]
+fn a_flipped_bit_is_found_in_every_part() {
+    let tmp = tempfile::tempdir().unwrap();
+    let dir = tmp.path().join("llama");
+    extracted("llama", Recipe::Q4k, &dir);
+    let index = Vindex::open(&dir).unwrap().index().clone();
+    for part in &index.parts {
+        let path = dir.join(&part.file);
+        for at in [0, part.size_bytes / 2, part.size_bytes - 1] {
+            flip(&path, at);
+            let error = verify(&dir, &|_| ()).unwrap_err();
+            let Error::Damaged { wrong, .. } = &error else {
+                panic!("{error}")
+            };
+            assert_eq!(
+                wrong
+                    .iter()
+                    .map(|part| part.file.as_str())
+                    .collect::<Vec<_>>(),
+                [part.file.as_str()]
+            );
+            assert!(
+                matches!(&wrong[0].what, Wrong::Sha256 { expected, .. } if *expected == part.sha256),
+                "{error}"
+            );
+            flip(&path, at);
+        }
+    }
+    verify(&dir, &|_| ()).unwrap();
+}
+
+/// Each kind of damage, all in one directory, all told at once.
+#[test]
+fn every_wrong_part_is_told() {
+    let tmp = tempfile::tempdir().unwrap();
+    let dir = tmp.path().join("qwen2");
+    extracted("qwen2", Recipe::Q4k, &dir);
+    let part = |n: usize| dir.join(format!("qwen2-q4k-{n:05}-of-00006.gguf"));
+    flip(&part(1), 40);
+    fs::remove_file(part(2)).unwrap();
+    File::options()
+        .write(true)
+        .open(part(3))
+        .unwrap()
+        .set_len(1000)
+        .unwrap();
+    File::options()
+        .append(true)
+        .open(part(5))
+        .unwrap()
+        .write_all(b"more")
+        .unwrap();
+    // Two parts of equal length, swapped.
+    let (a, b) = (fs::read(part(4)).unwrap(), fs::read(part(6)).unwrap());
+    assert_eq!(a.len(), b.len());
+    fs::write(part(4), b).unwrap();
+    fs::write(part(6), a).unwrap();
+    insta::assert_snapshot!(damage(&dir).join("\n"), @r"
+    qwen2-q4k-00001-of-00006.gguf: sha256 (another), expected (as recorded)
+    qwen2-q4k-00002-of-00006.gguf: missing; damaged tensors: token_embd.weight, output_norm.weight
+    qwen2-q4k-00003-of-00006.gguf: 1000 bytes, expected 100576; damaged tensors: blk.0.attn_norm.weight to blk.0.ffn_norm.weight (9 in all)
+    qwen2-q4k-00004-of-00006.gguf: sha256 (another), expected (as recorded); damaged tensors: blk.0.ffn_gate.weight, blk.0.ffn_up.weight, blk.0.ffn_down.weight
+    qwen2-q4k-00005-of-00006.gguf: 100580 bytes, expected 100576; damaged tensors: blk.1.attn_norm.weight to blk.1.ffn_norm.weight (9 in all)
+    qwen2-q4k-00006-of-00006.gguf: sha256 (another), expected (as recorded); damaged tensors: blk.1.ffn_gate.weight, blk.1.ffn_up.weight, blk.1.ffn_down.weight
+    ");
+
+    // Opening hashes nothing; it sees what lengths tell.
+    let error = Vindex::open(&dir).unwrap_err();
+    let Error::Damaged { wrong, .. } = &error else {
+        panic!("{error}")
+    };
+    let seen: Vec<(&str, bool)> = wrong
+        .iter()
+        .map(|part| (&part.file[10..15], matches!(part.what, Wrong::Missing)))
+        .collect();
+    assert_eq!(seen, [("00002", true), ("00003", false), ("00005", false)]);
+}
+
+/// Damage to stacked experts is told by expert.
+#[test]
+fn a_damaged_expert_is_named() {
+    let tmp = tempfile::tempdir().unwrap();
+    let dir = tmp.path().join("mixtral");
+    extracted("mixtral", Recipe::Q4k, &dir);
+    let index = Vindex::open(&dir).unwrap().index().clone();
+    let tensor = |name: &str| {
+        index
+            .tensors
+            .iter()
+            .find(|tensor| tensor.name == name)
+            .unwrap()
+    };
+    let (up, down) = (
+        tensor("blk.0.ffn_up_exps.weight"),
+        tensor("blk.0.ffn_down_exps.weight"),
+    );
+    let path = dir.join(&index.parts[up.part as usize].file);
+    flip(&path, up.offset_bytes + up.size_bytes / 4 * 2);
+    flip(&path, down.offset_bytes + down.size_bytes - 1);
+    insta::assert_snapshot!(damage(&dir).join("\n"), @"mixtral-q4k-00004-of-00004.gguf: sha256 (another), expected (as recorded); damaged tensors: blk.0.ffn_up_exps.weight[2], blk.0.ffn_down_exps.weight[3]");
+}
+
+/// The index may lie about what is in a part although the part's hash is right.
+#[test]
+fn an_index_that_disagrees_with_a_header_is_found() {
+    let tmp = tempfile::tempdir().unwrap();
+    let dir = tmp.path().join("llama");
+    extracted("llama", Recipe::Q8_0, &dir);
+    let text = fs::read_to_string(dir.join("index.json")).unwrap();
+    let (gate, up) = ("\"blk.1.ffn_gate.weight\"", "\"blk.1.ffn_up.weight\"");
+    let swapped = text
+        .replace(gate, "\"?\"")
+        .replace(up, gate)
+        .replace("\"?\"", up);
+    fs::write(dir.join("index.json"), swapped).unwrap();
+    insta::assert_snapshot!(damage(&dir).join("\n"), @"llama-q8_0-00006-of-00006.gguf: its header disagrees with the index (tensor blk.1.ffn_gate.weight Q8_0 [256, 256] at 288, expected blk.1.ffn_up.weight Q8_0 [256, 256] at 288); damaged tensors: blk.1.ffn_up.weight, blk.1.ffn_gate.weight, blk.1.ffn_down.weight");
+}
+
+/// What is not a vindex, or not one that can be read, is told by name.
+#[test]
+fn what_is_no_vindex_says_why() {
+    let tmp = tempfile::tempdir().unwrap();
+    let whole = tmp.path().join("whole");
+    extracted("qwen2", Recipe::Q4k, &whole);
+    let text = fs::read_to_string(whole.join("index.json")).unwrap();
+    let mut said = String::new();
+    let mut case = |what: &str, file: &str, content: Option<String>| {
+        let dir = tmp.path().join("case");
+        let _ = fs::remove_dir_all(&dir);
+        copy_dir(&whole, &dir);
+        match content {
+            Some(content) => fs::write(dir.join(file), content).unwrap(),
+            None => fs::remove_file(dir.join(file)).unwrap(),
+        }
+        let error = Vindex::open(&dir).unwrap_err();
+        let verified = verify(&dir, &|_| ()).unwrap_err();
+        assert_eq!(error.to_string(), verified.to_string());
+        said += &format!(
+            "{what}:\n  {}\n",
+            error.to_string().replace(&dir.display().to_string(), "DIR")
+        );
+    };
+    let with = |from: &str, to: &str| {
+        assert!(text.contains(from), "{from}");
+        Some(text.replacen(from, to, 1))
+    };
+    case("no index", "index.json", None);
+    case("no slice", "slice.json", None);
+    case(
+        "unknown slice",
+        "slice.json",
+        Some("{\"slice\":\"half\"}".to_owned()),
+    );
+    case("not JSON", "index.json", Some("GGUF".to_owned()));
+    case(
+        "cut off",
+        "index.json",
+        Some(text[..text.len() / 2].to_owned()),
+    );
+    case("another format", "index.json", with("vindex/1", "vindex/2"));
+    case(
+        "unknown field",
+        "index.json",
+        with("\"name\":", "\"extra\":1,\n\"name\":"),
+    );
+    case(
+        "path as a stem",
+        "index.json",
+        Some(text.replace("qwen2-q4k", "../../etc/qwen2-q4k")),
+    );
+    case(
+        "path as a file",
+        "index.json",
+        with("\"qwen2-q4k-00002-of-00006.gguf\"", "\"/etc/passwd\""),
+    );
+    case(
+        "part beyond the last",
+        "index.json",
+        with("\"part\":5", "\"part\":6"),
+    );
+    case(
+        "size overflows",
+        "index.json",
+        with("\"ne\":[256,512]", "\"ne\":[256,18446744073709551615]"),
+    );
+    case(
+        "no dimension",
+        "index.json",
+        with("\"ne\":[256,512]", "\"ne\":[]"),
+    );
+    case(
+        "nothing in a dimension",
+        "index.json",
+        with("\"ne\":[256,512]", "\"ne\":[256,0]"),
+    );
+    case(
+        "unaligned",
+        "index.json",
+        with("\"offset_bytes\":", "\"offset_bytes\":1"),
+    );
+    case(
+        "hash",
+        "index.json",
+        with("\"sha256\":\"", "\"sha256\":\"X"),
+    );
+    case(
+        "name twice",
+        "index.json",
+        with("\"blk.1.attn_k.weight\"", "\"blk.0.attn_k.weight\""),
+    );
+    insta::assert_snapshot!(said.trim_end());
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 512, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// Whatever is done to an index, reading it ends with a sound index or with a sentence.
+    #[test]
+    fn a_hostile_index_never_panics(edits in prop::collection::vec((any::<prop::sample::Index>(), edit()), 1..4)) {
+        let mut text = sample_index().to_vec();
+        for (at, edit) in edits {
+            edit.apply(at.index(text.len()), &mut text);
+        }
+        if let Ok(index) = Index::from_json(&text) {
+            for tensor in &index.tensors {
+                let part = &index.parts[tensor.part as usize];
+                prop_assert!(tensor.offset_bytes.checked_add(tensor.size_bytes).unwrap() <= part.size_bytes);
+                prop_assert!(!part.file.contains('/') && !part.file.contains('\\'));
+            }
+        }
+    }
+
+    /// Whatever is done to a GGUF header, reading it ends with a header or with a sentence.
+    #[test]
+    fn a_hostile_header_never_panics(edits in prop::collection::vec((any::<prop::sample::Index>(), edit()), 1..4)) {
+        let mut bytes = sample_header().to_vec();
+        for (at, edit) in edits {
+            edit.apply(at.index(bytes.len()), &mut bytes);
+        }
+        let _ = read_header(&bytes);
+    }
+}
+
+#[derive(Clone, Debug)]
+enum Edit {
+    Byte(u8),
+    Cut(usize),
+    Insert(Vec<u8>),
+    Truncate,
+}
+
+fn edit() -> impl Strategy<Value = Edit> {
+    let numbers = [
+        "18446744073709551615",
+        "-1",
+        "1e300",
+        "null",
+        "0",
+        "\"\"",
+        "[]",
+        "9999999999999999999999",
+    ];
+    prop_oneof![
+        any::<u8>().prop_map(Edit::Byte),
+        (1usize..40).prop_map(Edit::Cut),
+        prop::sample::select(numbers.to_vec())
+            .prop_map(|text| Edit::Insert(text.as_bytes().to_vec())),
+        prop::collection::vec(any::<u8>(), 1..9).prop_map(Edit::Insert),
+        Just(Edit::Truncate),
+    ]
+}
+
+impl Edit {
+    fn apply(self, at: usize, bytes: &mut Vec<u8>) {
+        match self {
+            Edit::Byte(byte) => bytes[at] = byte,
+            Edit::Cut(n) => drop(bytes.drain(at..(at + n).min(bytes.len()))),
+            Edit::Insert(new) => drop(bytes.splice(at..at, new)),
+            Edit::Truncate => bytes.truncate(at.max(1)),
+        }
+        if bytes.is_empty() {
+            bytes.push(0);
+        }
+    }
+}
+
+fn sample() -> &'static (Vec<u8>, Vec<u8>) {
+    static SAMPLE: std::sync::OnceLock<(Vec<u8>, Vec<u8>)> = std::sync::OnceLock::new();
+    SAMPLE.get_or_init(|| {
+        let tmp = tempfile::tempdir().unwrap();
+        extracted("mixtral", Recipe::Q4k, tmp.path());
+        let part = fs::read(tmp.path().join("mixtral-q4k-00003-of-00004.gguf")).unwrap();
+        (
+            fs::read(tmp.path().join("index.json")).unwrap(),
+            part[..600].to_vec(),
+        )
+    })
+}
+
+fn sample_index() -> &'static [u8] {
+    &sample().0
+}
+
+fn sample_header() -> &'static [u8] {
+    &sample().1
+}
+
+/// The families' own checkpoints are sound, so that the tests above damage something whole.
+#[test]
+fn every_family_verifies() {
+    for family in FAMILIES {
+        let tmp = tempfile::tempdir().unwrap();
+        let id = extracted(family, Recipe::Q4k, tmp.path());
+        assert_eq!(verify(tmp.path(), &|_| ()).unwrap().id, id, "{family}");
+    }
+}
