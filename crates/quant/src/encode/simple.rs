@@ -34,7 +34,16 @@ const Q4_1_TRIES: [(f32, f32); 9] = [
 pub(super) fn encode_q8_0<L: Lanes>(values: &[f32], blocks: &mut [u8]) {
     for (values, blocks) in sixteens::<34>(values, blocks) {
         let x = &side_by_side::<L, LEN>(values);
-        let d = covering_f16(abs(extreme(x)) * L::splat(1.0 / 127.0), 0.5 / 127.0);
+        let span = abs(extreme(x)) * L::splat(1.0 / 127.0);
+        let (mut d, above) = (finite_f16(span), covering_f16(span, 0.5 / 127.0));
+        // They differ for f16 subnormals only: weights are spared the second look.
+        if d.store() != above.store() {
+            let (error, error_above) = (
+                Residual::of(x, d, -127.0, 127.0).ee,
+                Residual::of(x, above, -127.0, 127.0).ee,
+            );
+            d = error_above.select_lt(error, above, d);
+        }
         let q = quantise(x, d, -127.0, 127.0);
         for ((block, q), d) in blocks.iter_mut().zip(one_by_one(&q)).zip(d.to_f16()) {
             block[..2].copy_from_slice(&d.to_le_bytes());
@@ -113,11 +122,19 @@ fn sixteens<'a, const BYTES: usize>(
 /// The f16 scale for `x ≈ d * q`, q in `-half..half`.
 #[inline(always)]
 fn signed_scale<L: Lanes>(x: &[L; LEN], half: f32, steps: &[f32]) -> L {
-    let mut d_best = finite_f16(extreme(x) * L::splat(-1.0 / half));
-    let mut error_best = Residual::of(x, d_best, -half, half - 1.0).ee;
+    let q_max = half - 1.0;
+    // Spanning the block with the largest magnitude on the side of -half, and, as both signs may reach it, on the other.
+    let span = finite_f16(extreme(x) * L::splat(-1.0 / half));
+    let mirrored = L::splat(0.0) - span;
+    let (error, error_mirrored) = (
+        Residual::of(x, span, -half, q_max).ee,
+        Residual::of(x, mirrored, -half, q_max).ee,
+    );
+    let mut d_best = error_mirrored.select_lt(error, mirrored, span);
+    let mut error_best = error_mirrored.min(error);
     let mut d = finite_f16(fit_scale(x, half, steps));
     for _ in 0..2 {
-        let residual = Residual::of(x, d, -half, half - 1.0);
+        let residual = Residual::of(x, d, -half, q_max);
         d_best = residual.ee.select_lt(error_best, d, d_best);
         error_best = residual.ee.min(error_best);
         d = finite_f16(d + residual.correction());
