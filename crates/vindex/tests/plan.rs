@@ -852,6 +852,167 @@ fn an_unknown_pre_tokenizer_is_default_with_a_warning() {
 }
 
 #[test]
+fn rope_is_read_in_both_layouts_and_in_every_kind() {
+    let old = Changed::family("gemma3").plan().unwrap();
+    let nested = Changed::family("gemma3").json("config.json", |c| {
+        for key in ["rope_theta", "rope_local_base_freq", "rope_scaling"] {
+            c.as_object_mut().unwrap().shift_remove(key);
+        }
+        c["rope_parameters"] = json!({
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1_000_000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+        });
+    });
+    let nested = nested.plan().unwrap();
+    assert_eq!(
+        nested.config.rope.scaling,
+        Some(RopeScaling::Linear { factor: 8.0 })
+    );
+    let scaled = |rope: &vindex::Rope| vindex::Rope {
+        scaling: None,
+        ..rope.clone()
+    };
+    assert_eq!(scaled(&nested.config.rope), scaled(&old.config.rope));
+    let has =
+        |plan: &Plan, key: &str, value: MetaValue| plan.metadata.contains(&(key.to_owned(), value));
+    assert!(has(
+        &nested,
+        "gemma3.rope.scaling.type",
+        MetaValue::String("linear".to_owned())
+    ));
+    assert!(has(
+        &nested,
+        "gemma3.rope.scaling.factor",
+        MetaValue::F32(8.0)
+    ));
+    assert!(has(
+        &nested,
+        "gemma3.rope.freq_base_swa",
+        MetaValue::F32(10_000.0)
+    ));
+
+    let yarn = Changed::family("qwen2").json("config.json", |c| {
+        c["rope_scaling"] =
+            json!({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768});
+    });
+    let yarn = yarn.plan().unwrap();
+    assert!(matches!(
+        yarn.config.rope.scaling,
+        Some(RopeScaling::Yarn {
+            factor: 4.0,
+            original_context: 32768,
+            ..
+        })
+    ));
+    assert!(has(
+        &yarn,
+        "qwen2.rope.scaling.original_context_length",
+        MetaValue::U32(32768)
+    ));
+
+    let elsewhere = Changed::family("qwen2").json("config.json", |c| {
+        c["rope_scaling"] = json!({"type": "llama3"})
+    });
+    assert!(
+        elsewhere.error().contains("llama3"),
+        "{}",
+        elsewhere.error()
+    );
+}
+
+#[test]
+fn named_chat_templates_get_a_key_each() {
+    let plan = Changed::family("qwen2")
+        .json("tokenizer_config.json", |t| {
+            t["chat_template"] = json!([
+                {"name": "default", "template": "A"},
+                {"name": "tool use", "template": "B"},
+            ]);
+        })
+        .plan()
+        .unwrap();
+    let templates: Vec<_> = plan
+        .metadata
+        .iter()
+        .filter(|(key, _)| key.contains("chat_template"))
+        .collect();
+    let text = |t: &str| MetaValue::String(t.to_owned());
+    let expected = [
+        (
+            "tokenizer.chat_templates".to_owned(),
+            MetaValue::Array(MetaArray::Strings(vec!["tool_use".to_owned()])),
+        ),
+        ("tokenizer.chat_template.tool_use".to_owned(), text("B")),
+        ("tokenizer.chat_template".to_owned(), text("A")),
+    ];
+    assert!(templates.into_iter().eq(&expected));
+}
+
+/// The pre-tokenizers of published models, as their `tokenizer.json` has them, under llama.cpp's names.
+#[test]
+fn known_pre_tokenizers_are_told_by_their_patterns() {
+    let split = |regex: &str| json!({"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": false});
+    let bytes = |use_regex: bool| json!({"type": "ByteLevel", "add_prefix_space": false, "use_regex": use_regex});
+    let sequence = |steps: Vec<Value>| json!({"type": "Sequence", "pretokenizers": steps});
+    let llama3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+    let deepseek_v3 = [
+        r"\p{N}{1,3}",
+        "[\u{4e00}-\u{9fa5}\u{3040}-\u{309f}\u{30a0}-\u{30ff}]+",
+        r##"[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"##,
+    ];
+    let digits = json!({"type": "Digits", "individual_digits": true});
+    let cases = [
+        ("gpt-2", false, bytes(true)),
+        ("smollm", false, sequence(vec![digits, bytes(true)])),
+        (
+            "llama-bpe",
+            true,
+            sequence(vec![split(llama3), bytes(false)]),
+        ),
+        (
+            "smaug-bpe",
+            false,
+            sequence(vec![split(llama3), bytes(false)]),
+        ),
+        (
+            "deepseek-v3",
+            false,
+            sequence(
+                deepseek_v3
+                    .into_iter()
+                    .map(split)
+                    .chain([bytes(false)])
+                    .collect(),
+            ),
+        ),
+        (
+            "default",
+            false,
+            sequence(vec![
+                split(llama3),
+                json!({"type": "Whitespace"}),
+                bytes(false),
+            ]),
+        ),
+        ("default", false, Value::Null),
+    ];
+    for (name, ignore_merges, pre_tokenizer) in cases {
+        let plan = Changed::family("qwen3")
+            .json("tokenizer.json", |t| {
+                t["pre_tokenizer"] = pre_tokenizer.clone();
+                t["model"]["ignore_merges"] = json!(ignore_merges);
+            })
+            .plan()
+            .unwrap();
+        let key = (
+            "tokenizer.ggml.pre".to_owned(),
+            MetaValue::String(name.to_owned()),
+        );
+        assert!(plan.metadata.contains(&key), "{name}: {pre_tokenizer}");
+    }
+}
+
+#[test]
 fn part_files_get_a_safe_stem() {
     let stem = |name: &str| {
         Changed {

@@ -16,7 +16,7 @@ const FILE: &str = "tokenizer.json";
 /// Score of tokens that no merge makes.
 const UNMERGED_SCORE: f32 = -1_000_000.0;
 
-/// The parts of `tokenizer.json` that GGUF keeps.
+/// What stands around the model in `tokenizer.json`, and of which type that is.
 #[derive(Deserialize)]
 pub(super) struct TokenizerJson {
     #[serde(default)]
@@ -29,7 +29,12 @@ pub(super) struct TokenizerJson {
     pub(super) post_processor: Value,
     #[serde(default)]
     decoder: Value,
-    model: Model,
+    model: Kind,
+}
+
+#[derive(Deserialize)]
+struct Kind {
+    r#type: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -38,6 +43,11 @@ pub(super) struct AddedToken {
     pub(super) content: String,
     #[serde(default)]
     special: bool,
+}
+
+#[derive(Deserialize)]
+struct WithModel {
+    model: Model,
 }
 
 #[derive(Deserialize)]
@@ -77,22 +87,16 @@ impl Merge {
     }
 }
 
-/// Parses the file, and says which kinds of tokenizer are read where it is another.
-pub(super) fn parse(json: &str) -> Result<TokenizerJson, Error> {
-    #[derive(Deserialize)]
-    struct Kind {
-        model: KindOfModel,
-    }
-    #[derive(Deserialize)]
-    struct KindOfModel {
-        r#type: Option<String>,
-    }
-    let kind: Kind =
-        serde_json::from_str(json).map_err(|e| bad(format!("it is not a tokenizer: {e}")))?;
-    match kind.model.r#type.as_deref() {
-        None | Some("BPE") => {
-            serde_json::from_str(json).map_err(|e| bad(format!("it is not a BPE tokenizer: {e}")))
-        }
+/// Parses all but the model, which may have half a million entries that nobody needs beside `tokenizer.model`.
+pub(super) fn parse(text: &str) -> Result<TokenizerJson, Error> {
+    serde_json::from_str(text).map_err(|e| bad(format!("it is not a tokenizer: {e}")))
+}
+
+fn model(text: &str, kind: &Kind) -> Result<Model, Error> {
+    match kind.r#type.as_deref() {
+        None | Some("BPE") => serde_json::from_str::<WithModel>(text)
+            .map(|whole| whole.model)
+            .map_err(|e| bad(format!("it is not a BPE tokenizer: {e}"))),
         Some(other) => Err(bad(format!(
             "its model is of type {:?}; BPE is read, or a SentencePiece file tokenizer.model",
             other.chars().take(40).collect::<String>()
@@ -101,9 +105,14 @@ pub(super) fn parse(json: &str) -> Result<TokenizerJson, Error> {
 }
 
 /// The vocabulary with one token for each of `n_vocab` rows of the embedding matrix.
-pub(super) fn vocabulary(json: &TokenizerJson, n_vocab: usize) -> Result<Vocabulary, Error> {
+pub(super) fn vocabulary(
+    text: &str,
+    json: &TokenizerJson,
+    n_vocab: usize,
+) -> Result<Vocabulary, Error> {
+    let model = model(text, &json.model)?;
     let mut rows: Vec<Option<(&str, TokenType)>> = vec![None; n_vocab];
-    for (token, &id) in &json.model.vocab {
+    for (token, &id) in &model.vocab {
         let row = rows
             .get_mut(id as usize)
             .ok_or_else(|| beyond(token, id, n_vocab))?;
@@ -131,17 +140,17 @@ pub(super) fn vocabulary(json: &TokenizerJson, n_vocab: usize) -> Result<Vocabul
         tokens.push(token);
         types.push(kind);
     }
-    if json.model.byte_fallback {
-        scored(json, tokens, types)
+    if model.byte_fallback {
+        scored(json, &model, tokens, types)
     } else if pre::has_byte_level(&json.decoder) {
-        let (pre, warning) = pre::name(&json.pre_tokenizer, json.model.ignore_merges);
+        let (pre, warning) = pre::name(&json.pre_tokenizer, model.ignore_merges);
         Ok(Vocabulary {
             model: "gpt2",
             pre,
             tokens,
             scores: None,
             types,
-            merges: Some(json.model.merges.iter().map(Merge::line).collect()),
+            merges: Some(model.merges.iter().map(Merge::line).collect()),
             add_space_prefix: None,
             warnings: warning.into_iter().collect(),
         })
@@ -157,10 +166,11 @@ pub(super) fn vocabulary(json: &TokenizerJson, n_vocab: usize) -> Result<Vocabul
 /// follow each other, and when every two tokens whose join is a token may be merged.
 fn scored(
     json: &TokenizerJson,
+    model: &Model,
     tokens: Vec<String>,
     mut types: Vec<TokenType>,
 ) -> Result<Vocabulary, Error> {
-    let vocab = &json.model.vocab;
+    let vocab = &model.vocab;
     let refuse = |what: &str| {
         Err(bad(format!(
             "{what}, so that GGUF's scores cannot say its order; the checkpoint needs its tokenizer.model"
@@ -175,7 +185,7 @@ fn scored(
     let mut made = HashSet::new();
     let mut pairs = HashSet::new();
     let mut last = None;
-    for merge in &json.model.merges {
+    for merge in &model.merges {
         let Some((left, right)) = merge.pair() else {
             return refuse("it has a merge that is not of two tokens");
         };

@@ -73,15 +73,18 @@ pub(crate) fn read(
     let settings: Option<Map<String, Value>> =
         files.json_if_any("tokenizer_config.json", SMALL_BYTES_MAX)?;
     let parsed = json.as_deref().map(bpe::parse).transpose()?;
-    let n_vocab_max = n_vocab as usize;
-    let vocabulary = match (files.read("tokenizer.model", SMALL_BYTES_MAX)?, &parsed) {
+    let n_rows = n_vocab as usize;
+    let vocabulary = match (
+        files.read("tokenizer.model", SMALL_BYTES_MAX)?,
+        json.as_deref().zip(parsed.as_ref()),
+    ) {
         (Some(model), _) => {
             let added = files
                 .json_if_any("added_tokens.json", SMALL_BYTES_MAX)?
                 .unwrap_or_default();
-            sentencepiece::vocabulary(&model, &added, settings.as_ref(), n_vocab_max)?
+            sentencepiece::vocabulary(&model, &added, settings.as_ref(), n_rows)?
         }
-        (None, Some(parsed)) => bpe::vocabulary(parsed, n_vocab_max)?,
+        (None, Some((text, parsed))) => bpe::vocabulary(text, parsed, n_rows)?,
         (None, None) => {
             return Err(Error::MissingFile {
                 file: "tokenizer.json".to_owned(),
