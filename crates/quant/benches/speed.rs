@@ -17,7 +17,7 @@ fn main() {
     let chosen: Vec<BlockType> = std::env::args().filter_map(|a| a.parse().ok()).collect();
     let values = normal_weights();
     let mut copy = vec![0.0; N];
-    let per_s = calls_per_second(|| copy.copy_from_slice(black_box(&values)));
+    let per_s = calls_per_second(|| black_box(&mut copy).copy_from_slice(black_box(&values)));
     println!(
         "copy f32: {:.1} GB/s read and written",
         per_s * (N * 8) as f64 / 1e9
@@ -34,10 +34,12 @@ fn main() {
         let mut blocks = vec![0; n_bytes];
         let mut decoded = vec![0.0; N];
         for isa in isas() {
-            let encode =
-                calls_per_second(|| encode_with(isa, block_type, black_box(&values), &mut blocks));
-            let decode =
-                calls_per_second(|| decode_with(isa, block_type, black_box(&blocks), &mut decoded));
+            let encode = calls_per_second(|| {
+                encode_with(isa, block_type, black_box(&values), black_box(&mut blocks))
+            });
+            let decode = calls_per_second(|| {
+                decode_with(isa, block_type, black_box(&blocks), black_box(&mut decoded))
+            });
             let gb = (4 * N + n_bytes) as f64 / 1e9;
             let weights = N as f64 / 1e6;
             println!(
