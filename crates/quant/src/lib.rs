@@ -1,4 +1,4 @@
-//! Rows of weights as GGUF blocks: [`encode`] finds the blocks, [`decode`] gives the weights back.
+//! Rows of weights as GGUF blocks: [`encode()`] finds the blocks, [`decode()`] gives the weights back.
 //!
 //! Invariant: a result depends on the values alone. Every instruction set gives identical bytes, a block never
 //! depends on its neighbours, and decoding is bit for bit what GGUF's reference decoder does. Encoding aims at the
@@ -30,7 +30,7 @@ pub fn encode(block_type: BlockType, values: &[f32], blocks: &mut [u8]) {
     encode_with(isa::fastest(), block_type, values, blocks);
 }
 
-/// Decodes `blocks` into `values`: the inverse of [`encode`] in shape, exact to GGUF's definition. Allocates nothing.
+/// Decodes `blocks` into `values`: the inverse of [`encode()`] in shape, exact to GGUF's definition. Allocates nothing.
 ///
 /// # Panics
 /// When `values` is no whole number of blocks or `blocks` is not exactly [`BlockType::row_bytes`] long.
@@ -38,19 +38,19 @@ pub fn decode(block_type: BlockType, blocks: &[u8], values: &mut [f32]) {
     decode_with(isa::fastest(), block_type, blocks, values);
 }
 
-/// [`encode`] on a chosen instruction set, for tests and benches.
+/// [`encode()`] on a chosen instruction set, for tests and benches.
 ///
 /// # Panics
-/// As [`encode`], and when this CPU lacks `isa`.
+/// As [`encode()`], and when this CPU lacks `isa`.
 pub fn encode_with(isa: Isa, block_type: BlockType, values: &[f32], blocks: &mut [u8]) {
     assert_sizes(block_type, values.len(), blocks.len());
     isa::encode(isa, block_type, values, blocks);
 }
 
-/// [`decode`] on a chosen instruction set, for tests and benches.
+/// [`decode()`] on a chosen instruction set, for tests and benches.
 ///
 /// # Panics
-/// As [`decode`], and when this CPU lacks `isa`.
+/// As [`decode()`], and when this CPU lacks `isa`.
 pub fn decode_with(isa: Isa, block_type: BlockType, blocks: &[u8], values: &mut [f32]) {
     assert_sizes(block_type, values.len(), blocks.len());
     isa::decode(isa, block_type, blocks, values);

@@ -12,6 +12,7 @@ use crate::lanes::{Lanes, N_LANES, abs, covering_f16, finite_f16, inverse_or_zer
 /// Values in a block.
 const LEN: usize = 32;
 
+/// Tries of `fit_scale` and `fit_scale_and_offset`, found by measuring; the span of the block comes first.
 const Q4_0_STEPS: [f32; 12] = [
     -8.0, -7.7, -7.4, -7.1, -6.8, -8.4, -8.8, 7.2, 6.9, 6.6, 7.5, 7.9,
 ];
