@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 
 use crate::config::{self, Item};
 use crate::diagnostic::{Diagnostic, Report, Severity, did_you_mean};
-use crate::manifest::{self, Draft, Entry, Source, SourceKind, Tier};
+use crate::entry::{Entry, Source, SourceKind, Tier};
+use crate::manifest::{self, Draft};
 use crate::{unique, yaml};
 
 /// The built-in catalog.

@@ -5,7 +5,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::diagnostic::{At, Report, did_you_mean};
-use crate::manifest::{Source, SourceKind};
+use crate::entry::{Source, SourceKind};
 use crate::name;
 use crate::yaml::{Field, Mapping, Node, Value};
 

@@ -14,6 +14,7 @@ use crate::environment::Environment;
 use crate::failure::Failure;
 use crate::output::Output;
 use crate::plan::{Artifact, PublishPlan};
+use crate::space::free_bytes;
 use crate::{inspect, larql, name, publish};
 
 /// How long the Hub is asked before it counts as not reachable.
@@ -283,7 +284,7 @@ async fn space(plan: &PublishPlan, environment: &Environment) -> Check {
         }
         Err(failure) => return bad("space", failure.to_string()),
     };
-    match inspect::inspect(plan, &hub).await.disk_needed_bytes {
+    match inspect::inspect(plan, &hub, None).await.disk_needed_bytes {
         None => good(
             "space",
             format!(
@@ -312,19 +313,4 @@ async fn space(plan: &PublishPlan, environment: &Environment) -> Check {
 
 fn gigabytes(n_bytes: u64) -> String {
     format!("{:.1} GB", n_bytes as f64 / 1e9)
-}
-
-/// Free bytes on the file system of `path` or of its nearest ancestor that exists.
-#[cfg(unix)]
-fn free_bytes(path: &Path) -> Option<u64> {
-    let absolute = std::path::absolute(path).ok()?;
-    let found = absolute
-        .ancestors()
-        .find_map(|path| rustix::fs::statvfs(path).ok())?;
-    found.f_bavail.checked_mul(found.f_frsize)
-}
-
-#[cfg(not(unix))]
-fn free_bytes(_path: &Path) -> Option<u64> {
-    None
 }

@@ -22,6 +22,8 @@ pub(crate) enum Failure {
     },
     /// The command has already shown what failed.
     Shown,
+    /// The operator interrupted it.
+    Interrupted,
     /// Standard output or error cannot be written.
     Output(io::Error),
 }
@@ -80,6 +82,7 @@ impl Failure {
             } => {
                 serde_json::json!({"error": message, "hint": hint, "cause": cause.as_ref().map(ToString::to_string)})
             }
+            Failure::Interrupted => serde_json::json!({"error": self.to_string()}),
             Failure::Shown | Failure::Output(_) => serde_json::Value::Null,
         }
     }
@@ -118,6 +121,7 @@ impl fmt::Display for Failure {
                 }
             }
             Failure::Shown => Ok(()),
+            Failure::Interrupted => f.write_str("interrupted: what is done stays; the same command goes on after it"),
             Failure::Output(error) => write!(f, "error: cannot write the output: {error}"),
         }
     }

@@ -7,14 +7,18 @@
 //! Invariant: only this module prints failures and exits, and only `environment` reads variables. No message holds a
 //! token. Left out: extraction and upload themselves, which are larql's.
 
+mod card;
 mod catalog;
 mod cli;
 mod config;
+mod demo;
 mod diagnostic;
 mod doctor;
+mod entry;
 mod environment;
 mod failure;
 mod inspect;
+mod journal;
 mod larql;
 mod manifest;
 mod name;
@@ -24,6 +28,7 @@ mod publish;
 mod run;
 mod scratch;
 mod serve;
+mod space;
 mod unique;
 mod yaml;
 
@@ -39,6 +44,9 @@ use environment::Environment;
 use failure::Failure;
 use output::Output;
 use scratch::Cleaned;
+
+/// Exit status of a program that an interrupt ended.
+const INTERRUPTED: u8 = 130;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -63,7 +71,10 @@ fn main() -> ExitCode {
                 // Nothing is left to be done when this cannot be written either.
                 let _ = output.value(&failure.to_json());
             }
-            ExitCode::FAILURE
+            match failure {
+                Failure::Interrupted => ExitCode::from(INTERRUPTED),
+                _ => ExitCode::FAILURE,
+            }
         }
     }
 }
@@ -109,6 +120,7 @@ fn run(cli: &Cli, output: Output) -> Result<(), Failure> {
             listen,
             token_file,
         }) => serve::serve(root, *listen, token_file.as_deref(), &environment, output),
+        Command::Demo(args) => demo::demo(args, &environment, output),
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(*shell, &mut Cli::command(), "skulk-weights", &mut script);

@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
+use crate::entry::{Entry, Slice, Tier};
 use crate::inspect::Inspection;
-use crate::manifest::{Entry, Slice, Tier};
 use crate::name;
 
 /// The variable that replaces or switches off the collection.

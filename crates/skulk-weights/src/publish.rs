@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 
 use crate::catalog::Catalog;
 use crate::cli::Publish;
+use crate::entry::Entry;
 use crate::environment::Environment;
 use crate::failure::Failure;
 use crate::larql;
-use crate::manifest::Entry;
 use crate::output::Output;
 use crate::plan::{self, Artifact, PublishPlan, Step};
 use crate::{inspect, run};
@@ -86,7 +86,9 @@ fn dry_run(
     if inspect {
         let hub = hub::Hub::new(environment.hub_settings()?)
             .map_err(|error| Failure::new("cannot use the Hub").cause(error))?;
-        plan.inspection = Some(environment.block_on(inspect::inspect(&plan, &hub))?);
+        let larql = larql::find(environment).ok();
+        plan.inspection =
+            Some(environment.block_on(inspect::inspect(&plan, &hub, larql.as_deref()))?);
     }
     output.value(&plan)?;
     output.text(format_args!("{plan}dry run complete"))

@@ -229,7 +229,67 @@ fn doctor_without_publish_is_offline_and_silent_about_larql() {
 
 #[test]
 fn doctor_names_all_that_publishing_lacks() {
-    insta::assert_snapshot!(Bench::new(&[]).run("doctor --publish"));
+    let seen = Bench::new(&[]).run("doctor --publish");
+    for words in [
+        "exit 1\n",
+        "\nmissing command: larql (",
+        "\nHF_TOKEN is not set; publication will fail",
+        "\nHub not reachable: http://127.0.0.1:9: ",
+        "\nscratch root writable: ",
+        "\ncatalog valid: 12 entries",
+    ] {
+        assert!(seen.contains(words), "{words}: {seen}");
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn doctor_holds_the_token_against_the_plan() {
+    use std::os::unix::fs::PermissionsExt;
+
+    let root = tempfile::tempdir().unwrap();
+    let token = "hf_secretvalue123";
+    let options = registry::Options {
+        token: Some(token.to_owned()),
+        user: "me".to_owned(),
+        orgs: vec!["acme".to_owned()],
+        ..registry::Options::default()
+    };
+    let hub = registry::spawn(root.path(), options).unwrap();
+    let bench = |token: &str| {
+        let bench = Bench::new(&[
+            ("skulk-weights.yaml", OPERATOR),
+            ("models.yaml", MODELS),
+            ("larql", "#!/bin/sh\necho larql 9.9\n"),
+        ]);
+        let larql = bench.work().join("larql");
+        std::fs::set_permissions(larql, PermissionsExt::from_mode(0o755)).unwrap();
+        bench
+            .var("HF_ENDPOINT", hub.url())
+            .var("HF_TOKEN", token)
+            .var("SKULK_WEIGHTS_LARQL", "./larql")
+    };
+    let seen = bench(token).run("doctor --publish --model acme/local-7b-full-q4-k");
+    for words in [
+        "exit 0\n",
+        "/larql), larql 9.9\n",
+        "\nHF_TOKEN is set\n",
+        "\nHub reachable: http://127.0.0.1:",
+        "\ntoken of me may write to acme\n",
+        "\nfree space: ",
+        "\ndoctor checks passed\n",
+    ] {
+        assert!(seen.contains(words), "{words}: {seen}");
+    }
+    assert!(!seen.contains(token));
+
+    let seen = bench(token).run("doctor --publish --model foxlight/gemma-3-4b-full-q4-k");
+    assert!(seen.contains("exit 1\n") && seen.contains("token of me may not write to FoxlightAI"), "{seen}");
+    let seen = bench("hf_otherwrongone").run("doctor --publish");
+    assert!(seen.contains("exit 1\n") && seen.contains("token is refused: "), "{seen}");
+    assert!(!seen.contains("hf_otherwrongone"));
+    let seen = bench(token).run("doctor --publish --model acme/none");
+    assert!(seen.contains("exit 1\n") && seen.contains("catalog key not found: acme/none"), "{seen}");
 }
 
 #[test]
