@@ -133,19 +133,30 @@ impl Checkpoint {
     }
 
     pub(crate) fn of(files: &Files<'_>) -> Result<Checkpoint, Error> {
+        // Where both are there, `transformers` too takes the single file.
+        if files.size_bytes(SINGLE_FILE).is_some() {
+            return Ok(Checkpoint {
+                tensors: header(files, SINGLE_FILE)?.into_iter().collect(),
+            });
+        }
         if files.size_bytes(INDEX_FILE).is_some() {
             return sharded(files);
         }
-        if files.size_bytes(SINGLE_FILE).is_none() {
-            return Err(Error::MissingFile {
-                file: SINGLE_FILE.to_owned(),
-                wanted_by: format!(
-                    "a safetensors checkpoint ({SINGLE_FILE}, or {INDEX_FILE} with its shards)"
-                ),
-            });
+        if let Some(other) = files.paths().find(|p| {
+            [".bin", ".pth", ".pt", ".gguf"]
+                .iter()
+                .any(|e| p.ends_with(e))
+        }) {
+            let what = format!(
+                "it has no {SINGLE_FILE}, only weights in another format ({other}); convert it first"
+            );
+            return Err(Error::Unsupported { what });
         }
-        Ok(Checkpoint {
-            tensors: header(files, SINGLE_FILE)?.into_iter().collect(),
+        Err(Error::MissingFile {
+            file: SINGLE_FILE.to_owned(),
+            wanted_by: format!(
+                "a safetensors checkpoint ({SINGLE_FILE}, or {INDEX_FILE} with its shards)"
+            ),
         })
     }
 

@@ -1,12 +1,13 @@
 //! The keys of a vindex's first part that say what the model is; the tokenizer's are in `tokenizer`.
 //!
 //! Invariant: for the same model, llama.cpp's converter writes the same keys with the same values, except those that
-//! it derives from names of directories. Keys of ours that it does not write are few: a sliding window it drops.
+//! it derives from names of directories. Keys of ours that it does not write are few: a sliding window that it drops, and
+//! which layers slide where that is not the family's usual order.
 
 use crate::config::{Config, RopeKind, RopeScaling};
 use crate::config_json::ConfigJson;
-use crate::families::Family;
-use crate::gguf::MetaValue;
+use crate::families::{Family, Window};
+use crate::gguf::{MetaArray, MetaValue};
 use crate::plan::PlannedPart;
 use crate::recipe::Recipe;
 
@@ -69,6 +70,15 @@ pub(crate) fn of_model(
     }
     if let Some(window) = &a.sliding_window {
         put("attention.sliding_window", MetaValue::U32(window.n_tokens));
+        // llama.cpp assumes the family's usual order of layers where it is told no other.
+        if let Window::AllButEach(each) = family.window
+            && !(1..)
+                .zip(&window.layers)
+                .all(|(n, &slides): (u32, &bool)| slides != n.is_multiple_of(each))
+        {
+            let layers = MetaArray::Bools(window.layers.clone());
+            put("attention.sliding_window_pattern", MetaValue::Array(layers));
+        }
     }
     if let Some(cap) = a.softcap {
         put("attn_logit_softcapping", MetaValue::F32(cap));

@@ -83,6 +83,11 @@ impl<'a> Files<'a> {
         self.sizes.get(path).copied()
     }
 
+    /// All paths in order.
+    pub(crate) fn paths(&self) -> impl Iterator<Item = &str> {
+        self.sizes.keys().map(String::as_str)
+    }
+
     pub(crate) fn read_at(
         &self,
         path: &str,

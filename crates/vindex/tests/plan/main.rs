@@ -229,6 +229,14 @@ fn quirks_of_the_families_become_numbers_and_transforms() {
     assert_eq!(gemma3.config.rope.base_sliding, Some(10_000.0));
     assert_eq!(gemma3.config.eos, [1, 7]);
 
+    let period =
+        Changed::family("gemma3").json("config.json", |c| c["sliding_window_pattern"] = json!(2));
+    let layers = MetaArray::Bools(vec![true, false, true, false, true, false]);
+    assert!(period.plan().unwrap().metadata.contains(&(
+        "gemma3.attention.sliding_window_pattern".to_owned(),
+        MetaValue::Array(layers)
+    )));
+
     let gemma2 = of("gemma2").config;
     assert_eq!(
         gemma2.attention.sliding_window.unwrap().layers,

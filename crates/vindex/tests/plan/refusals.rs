@@ -106,6 +106,13 @@ fn checkpoints_that_do_not_fit_together_are_refused() {
             Changed::family("llama").without(ONE).error(),
         ),
         (
+            "weights in another format",
+            Changed::family("llama")
+                .without(ONE)
+                .with("pytorch_model.bin", *b"PK")
+                .error(),
+        ),
+        (
             "missing shard",
             Changed::family("llama3").without(second).error(),
         ),
