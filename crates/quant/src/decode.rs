@@ -151,16 +151,11 @@ fn unpack_6_bits(packed: &[u8]) -> ([u8; 8], [u8; 8]) {
 fn decode_q4_k(block: &[u8; 144], x: &mut [f32; 256]) {
     let (d, dm) = (f16_at(block, 0), f16_at(block, 2));
     let (s, m) = unpack_6_bits(&block[4..16]);
-    for k in 0..4 {
-        let q: &[u8; 32] = &block[16..].as_chunks().0[k];
-        let (low, high) = x[64 * k..][..64].split_at_mut(32);
-        let (scale, min) = (d * f32::from(s[2 * k]), dm * f32::from(m[2 * k]));
+    for (g, x) in x.as_chunks_mut::<32>().0.iter_mut().enumerate() {
+        let q: &[u8; 32] = &block[16..].as_chunks().0[g / 2];
+        let (scale, min) = (d * f32::from(s[g]), dm * f32::from(m[g]));
         for i in 0..32 {
-            low[i] = scale * f32::from(q[i] & 15) - min;
-        }
-        let (scale, min) = (d * f32::from(s[2 * k + 1]), dm * f32::from(m[2 * k + 1]));
-        for i in 0..32 {
-            high[i] = scale * f32::from(q[i] >> 4) - min;
+            x[i] = scale * f32::from(q[i] >> (4 * (g % 2)) & 15) - min;
         }
     }
 }
@@ -175,16 +170,12 @@ fn decode_q5_k(block: &[u8; 176], x: &mut [f32; 256]) {
     let (d, dm) = (f16_at(block, 0), f16_at(block, 2));
     let (s, m) = unpack_6_bits(&block[4..16]);
     let h: &[u8; 32] = &block[16..].as_chunks().0[0];
-    for k in 0..4 {
-        let q: &[u8; 32] = &block[48..].as_chunks().0[k];
-        let (low, high) = x[64 * k..][..64].split_at_mut(32);
-        let (scale, min) = (d * f32::from(s[2 * k]), dm * f32::from(m[2 * k]));
+    for (g, x) in x.as_chunks_mut::<32>().0.iter_mut().enumerate() {
+        let q: &[u8; 32] = &block[48..].as_chunks().0[g / 2];
+        let (scale, min) = (d * f32::from(s[g]), dm * f32::from(m[g]));
         for i in 0..32 {
-            low[i] = scale * f32::from(q[i] & 15 | (h[i] >> (2 * k) & 1) << 4) - min;
-        }
-        let (scale, min) = (d * f32::from(s[2 * k + 1]), dm * f32::from(m[2 * k + 1]));
-        for i in 0..32 {
-            high[i] = scale * f32::from(q[i] >> 4 | (h[i] >> (2 * k + 1) & 1) << 4) - min;
+            let low = q[i] >> (4 * (g % 2)) & 15;
+            x[i] = scale * f32::from(low | (h[i] >> g & 1) << 4) - min;
         }
     }
 }
