@@ -143,6 +143,7 @@ fn compare_prompts(tools: &Path, first_part: &Path, model: &Path) -> Done<(usize
         .ok_or("prompts.json has no prompts")?;
     let mut n_equal = 0;
     for prompt in prompts {
+        // The bare text: the recorded continuations are those of a prompt without the token that opens a document.
         let text = prompt["prompt"]
             .as_str()
             .ok_or("a prompt of prompts.json has no text")?;
