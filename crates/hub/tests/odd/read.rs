@@ -416,7 +416,6 @@ async fn a_killed_download_fetches_only_what_is_missing() {
         _ = at_death.recv() => {}
     }
     assert!(!target.exists());
-    let n_before = server.requests("/resolve/").len();
     let snapshot = hub::Hub::new(settings)
         .unwrap()
         .snapshot(&repo(), None)
@@ -427,12 +426,14 @@ async fn a_killed_download_fetches_only_what_is_missing() {
         panic!("{done:?}")
     };
     assert!(fetched <= 500_000, "{fetched}");
-    let asked: usize = server.requests("/resolve/")[n_before..]
+    // Both together asked for the file once, and again only for the two ranges in flight at the death.
+    let seen = server.requests("/resolve/");
+    let asked: usize = seen
         .iter()
         .map(|s| s.range.unwrap())
         .map(|(a, b)| b + 1 - a)
         .sum();
-    assert_eq!(asked as u64, fetched);
+    assert!((1_000_000..=1_100_000).contains(&asked), "{asked}");
     assert_eq!(std::fs::read(&target).unwrap(), content);
 }
 
