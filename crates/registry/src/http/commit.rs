@@ -294,7 +294,7 @@ async fn take(app: &Arc<App>, mut said: Said, line: Vec<u8>) -> Result<Said, Ref
         let line: Line = serde_json::from_slice(&line).map_err(|e| {
             Refusal::bad_request(format!(
                 "line {} of the commit: {e}",
-                said.changes.len() + 1
+                said.changes.len() + 1 + usize::from(said.header.is_some())
             ))
         })?;
         match line {

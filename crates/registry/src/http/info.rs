@@ -35,7 +35,7 @@ pub(crate) async fn whoami(
     caller: Caller,
 ) -> Result<Json<Value>, Refusal> {
     caller.must_own()?;
-    let owners = app.work(|app| all_owners(app)).await?;
+    let owners = app.work(all_owners).await?;
     let orgs: Vec<Value> = owners
         .iter()
         .map(|name| json!({"type": "org", "name": name, "fullname": name, "roleInOrg": "admin"}))

@@ -153,7 +153,9 @@ pub(crate) async fn settings(
             Some(Value::String(text)) if text == "auto" => Some(Gated::Auto),
             Some(Value::String(text)) if text == "manual" => Some(Gated::Manual),
             Some(_) => {
-                return Err(Error::invalid("gated", "must be false, \"auto\" or \"manual\"").into());
+                return Err(
+                    Error::invalid("gated", "must be false, \"auto\" or \"manual\"").into(),
+                );
             }
         };
         repos::set(&app.registry.disk, &id, |meta| {

@@ -5,7 +5,7 @@
 use axum::Json;
 use axum::http::{HeaderName, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use crate::Error;
 
@@ -18,7 +18,7 @@ pub(crate) struct Refusal {
     /// The commit in which a file was looked for; clients remember that it is not there.
     commit: Option<String>,
     /// What the JSON holds besides the message.
-    extra: Map<String, Value>,
+    extra: Vec<(&'static str, Value)>,
 }
 
 impl Refusal {
@@ -28,7 +28,7 @@ impl Refusal {
             code: None,
             message: message.into(),
             commit: None,
-            extra: Map::new(),
+            extra: Vec::new(),
         }
     }
 
@@ -96,8 +96,8 @@ impl Refusal {
         self
     }
 
-    pub(crate) fn with(mut self, key: &str, value: Value) -> Refusal {
-        self.extra.insert(key.to_owned(), value);
+    pub(crate) fn with(mut self, key: &'static str, value: Value) -> Refusal {
+        self.extra.push((key, value));
         self
     }
 }
@@ -155,8 +155,10 @@ impl IntoResponse for Refusal {
         const ERROR_CODE: HeaderName = HeaderName::from_static("x-error-code");
         const ERROR_MESSAGE: HeaderName = HeaderName::from_static("x-error-message");
         const REPO_COMMIT: HeaderName = HeaderName::from_static("x-repo-commit");
-        let mut json = self.extra;
-        json.insert("error".to_owned(), json!(self.message));
+        let mut json = json!({"error": self.message});
+        for (key, value) in self.extra {
+            json[key] = value;
+        }
         let mut response = (self.status, Json(json)).into_response();
         let headers = response.headers_mut();
         if let Some(code) = self.code {

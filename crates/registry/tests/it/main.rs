@@ -1,0 +1,7 @@
+//! The registry over real HTTP: bytes in, bytes and texts out.
+
+mod concurrent;
+mod hostile;
+mod kit;
+mod routes;
+mod uploads;
