@@ -11,7 +11,7 @@ use std::path::Path;
 
 use hub::{Addition, CommitRequest, Content, Hub, RepoId, Snapshot, Upload};
 use serde::Serialize;
-use vindex::{INDEX_FILE, Index, PROVENANCE_FILE, Provenance, SliceContent, SliceFile, Vindex, VindexId};
+use vindex::{INDEX_FILE, Index, PROVENANCE_FILE, Progress, Provenance, SliceContent, SliceFile, Vindex, VindexId};
 
 use crate::cli::Publish;
 use crate::context::Context;
@@ -81,7 +81,11 @@ pub(crate) fn publish(args: &Publish, context: &Context) -> Result<(), Failure> 
     }
     context.on_interrupt("nothing is visible before the commit; the same command goes on, and sends nothing twice");
     let meter = Meter::new("verify");
-    let verified = vindex::verify(&args.dir, &|progress| show(&meter, progress));
+    let verified = vindex::verify(&args.dir, &|progress| match progress {
+        // The files are listed above already.
+        Progress::PartDone { .. } => {}
+        progress => show(&meter, progress),
+    });
     drop(meter);
     verified.map_err(Failure::of(format!("{} is not intact, so nothing was sent", args.dir.display())))?;
     if let Some(path) = &args.card {
@@ -271,13 +275,14 @@ impl fmt::Display for Changes {
             Some(id) if *id != self.vindex => write!(f, "\nreplaces: vindex {id}")?,
             _ => {}
         }
+        let width = self.files.iter().map(|file| file.path.len()).max().unwrap_or(0);
         for file in &self.files {
             let word = match file.state {
                 State::Add => "add",
                 State::Replace => "replace",
                 State::Keep => "keep",
             };
-            write!(f, "\n  {word:<8}{}  {}", file.path, size(file.size_bytes))?;
+            write!(f, "\n  {word:<8}{:<width$}  {:>10}", file.path, size(file.size_bytes).to_string())?;
         }
         for path in &self.deletions {
             write!(f, "\n  delete  {path}")?;

@@ -40,7 +40,8 @@ impl Environment {
 
     /// A command that runs this program.
     pub(crate) fn this_program(&self) -> Result<std::process::Command, Failure> {
-        let path = std::env::current_exe().map_err(|error| Failure::new("cannot tell where this program is").cause(error))?;
+        let path = std::env::current_exe()
+            .map_err(|error| Failure::new("cannot tell where this program is").cause(error))?;
         Ok(std::process::Command::new(path))
     }
 

@@ -121,7 +121,9 @@ impl fmt::Display for Failure {
                 }
             }
             Failure::Shown => Ok(()),
-            Failure::Interrupted => f.write_str("interrupted: what is done stays; the same command goes on after it"),
+            Failure::Interrupted => {
+                f.write_str("interrupted: what is done stays; the same command goes on after it")
+            }
             Failure::Output(error) => write!(f, "error: cannot write the output: {error}"),
         }
     }
