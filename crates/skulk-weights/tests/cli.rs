@@ -284,12 +284,21 @@ fn doctor_holds_the_token_against_the_plan() {
     assert!(!seen.contains(token));
 
     let seen = bench(token).run("doctor --publish --model foxlight/gemma-3-4b-full-q4-k");
-    assert!(seen.contains("exit 1\n") && seen.contains("token of me may not write to FoxlightAI"), "{seen}");
+    assert!(
+        seen.contains("exit 1\n") && seen.contains("token of me may not write to FoxlightAI"),
+        "{seen}"
+    );
     let seen = bench("hf_otherwrongone").run("doctor --publish");
-    assert!(seen.contains("exit 1\n") && seen.contains("token is refused: "), "{seen}");
+    assert!(
+        seen.contains("exit 1\n") && seen.contains("token is refused: "),
+        "{seen}"
+    );
     assert!(!seen.contains("hf_otherwrongone"));
     let seen = bench(token).run("doctor --publish --model acme/none");
-    assert!(seen.contains("exit 1\n") && seen.contains("catalog key not found: acme/none"), "{seen}");
+    assert!(
+        seen.contains("exit 1\n") && seen.contains("catalog key not found: acme/none"),
+        "{seen}"
+    );
 }
 
 #[test]
