@@ -208,12 +208,18 @@ pub enum Error {
         /// How many values.
         count: u64,
     },
-    /// A plan that cannot be executed with this source: they do not belong together.
-    #[error("tensor {tensor}: {reason}; plan again with this source")]
+    /// A plan that cannot be executed, whoever made it.
+    #[error("the plan cannot be executed: {tensor}: {reason}")]
     Plan {
-        /// Tensor of the vindex.
+        /// Tensor of the vindex, or `index.json` when it cannot be described.
         tensor: String,
         /// What does not fit.
+        reason: String,
+    },
+    /// The plan was made from another source than the one given with it.
+    #[error("the plan was made from another source: {reason}; plan again with this one")]
+    OtherSource {
+        /// What differs.
         reason: String,
     },
     /// The directory has no `index.json`.

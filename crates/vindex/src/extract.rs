@@ -22,7 +22,6 @@ use std::path::Path;
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
-use crate::checkpoint::Checkpoint;
 use crate::error::Error;
 use crate::gguf;
 use crate::index::{FORMAT, INDEX_FILE, Index, Part, Tensor, VindexId, hash_range, hex, n_experts};
@@ -30,7 +29,7 @@ use crate::open::read_index;
 use crate::plan::Plan;
 use crate::provenance::{PROVENANCE_FILE, Provenance};
 use crate::slice::{SLICE_FILE, Slice};
-use crate::source::Source;
+use crate::source::{Files, Origin, Source};
 pub use journal::JOURNAL_FILE;
 use journal::{FinishedPart, Journal};
 use layout::Layout;
@@ -96,8 +95,8 @@ pub enum Progress {
 ///
 /// # Errors
 /// [`Error::OutputExists`], [`Error::OtherPlan`], [`Error::ForeignFile`] and [`Error::Locked`] about `out`;
-/// [`Error::NoSpace`] before anything is written; [`Error::NonFinite`], [`Error::Values`] and those of
-/// [`Checkpoint::open`] about the source; [`Error::Plan`] when plan and source do not belong together;
+/// [`Error::NoSpace`] before anything is written; [`Error::NonFinite`], [`Error::Values`] and [`Error::Source`]
+/// about the source; [`Error::OtherSource`] when it is not the plan's; [`Error::Plan`] about a plan that makes no sense;
 /// [`Error::Io`]. Parts that were finished before the error stay, and the next call continues after them.
 pub fn extract(
     source: &dyn Source,
@@ -106,9 +105,9 @@ pub fn extract(
     options: &ExtractOptions,
     progress: &(dyn Fn(Progress) + Sync),
 ) -> Result<VindexId, Error> {
-    let checkpoint = Checkpoint::open(source)?;
+    refuse_another_source(source, plan)?;
     let layout = Layout::new(plan)?;
-    chunk::jobs(plan, &checkpoint, |_| true)?;
+    chunk::jobs(plan, |_| true)?;
     let digest = digest(source, plan, &layout)?;
 
     let index_path = out.join(INDEX_FILE);
@@ -128,7 +127,7 @@ pub fn extract(
             let wanted: Vec<usize> = (0..plan.parts.len())
                 .filter(|part| !kept.contains(part))
                 .collect();
-            let jobs = chunk::jobs(plan, &checkpoint, |part| !kept.contains(&part))?;
+            let jobs = chunk::jobs(plan, |part| !kept.contains(&part))?;
             let run = pipeline::Run {
                 source,
                 layout: &layout,
@@ -155,6 +154,39 @@ pub fn extract(
         }
     }
     result
+}
+
+/// A plan says where in its source the weights are, so it is of no use with another one. The headers of a
+/// checkpoint's files tile them to their ends, which tells their lengths.
+fn refuse_another_source(source: &dyn Source, plan: &Plan) -> Result<(), Error> {
+    let (planned, given) = (&plan.origin, source.origin());
+    if given != *planned {
+        let named = |o: &Origin| {
+            let at = o
+                .commit
+                .as_deref()
+                .map(|c| format!(" at {c}"))
+                .unwrap_or_default();
+            format!("{}{at}", o.repo.as_ref().unwrap_or(&o.model_name))
+        };
+        let reason = format!("{} was planned, {} is given", named(planned), named(&given));
+        return Err(Error::OtherSource { reason });
+    }
+    let mut planned_bytes: BTreeMap<&str, u64> = BTreeMap::new();
+    for (_, tensor) in plan.checkpoint.tensors() {
+        let end = planned_bytes.entry(&tensor.file).or_default();
+        *end = (*end).max(tensor.offset_bytes.saturating_add(tensor.size_bytes));
+    }
+    let listed = Files::list(source)?;
+    for (file, expected) in planned_bytes {
+        let got = listed.size_bytes(file);
+        if got != Some(expected) {
+            let got = got.map_or("absent".to_owned(), |got| format!("{got} bytes long"));
+            let reason = format!("{file} is {got}, {expected} bytes were planned");
+            return Err(Error::OtherSource { reason });
+        }
+    }
+    Ok(())
 }
 
 /// sha256 of everything that decides the output: the plan, the metadata of part 1, the source.
@@ -353,7 +385,7 @@ fn finish(
     // What we write we can read: a name or a number that the index cannot hold is found before it is published.
     let readable = Index::from_json(index.as_bytes());
     readable.map_err(|reason| Error::Plan {
-        tensor: "*".to_owned(),
+        tensor: INDEX_FILE.to_owned(),
         reason,
     })?;
     write_beside(

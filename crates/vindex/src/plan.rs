@@ -57,6 +57,7 @@ pub fn plan(source: &dyn Source, recipe: Recipe) -> Result<Plan, Error> {
         left_out: placed.left_out,
         warnings,
         origin,
+        checkpoint,
     })
 }
 
@@ -96,6 +97,9 @@ pub struct Plan {
     /// Where the source is; goes to `provenance.json`.
     #[serde(skip)]
     pub origin: Origin,
+    /// Where the weights are in the source, so that no header is read twice.
+    #[serde(skip)]
+    pub checkpoint: Checkpoint,
 }
 
 /// One GGUF file.

@@ -5,13 +5,15 @@ mod support;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
+use std::sync::Mutex;
 
 use quant::BlockType;
 use sha2::{Digest, Sha256};
 use support::{FAMILIES, OPTIONS, checkpoint_dir, copy_dir, extracted, fixtures, listing, run};
 use vindex::{
-    Error, ExtractOptions, Index, LocalDir, MetaValue, Progress, Recipe, Slice, SliceContent,
-    Vindex, VindexId, dump, read_header, slice_files, slice_files_of_index, verify,
+    Checkpoint, Error, ExtractOptions, Index, LocalDir, MetaValue, Origin, Progress, Recipe, Slice,
+    SliceContent, Source, SourceError, SourceFile, Vindex, VindexId, dump, read_header,
+    slice_files, slice_files_of_index, verify,
 };
 
 fn sha256(bytes: &[u8]) -> String {
@@ -253,6 +255,76 @@ fn progress_adds_up() {
         (verified.id, verified.n_parts, verified.bytes),
         (id, *n_parts, *bytes_total)
     );
+}
+
+/// Notes what is read of the weights.
+struct Noted {
+    source: LocalDir,
+    ranges: Mutex<Vec<(String, u64, u64)>>,
+}
+
+impl Source for Noted {
+    fn files(&self) -> Result<Vec<SourceFile>, SourceError> {
+        self.source.files()
+    }
+
+    fn read_at(&self, path: &str, offset_bytes: u64, buf: &mut [u8]) -> Result<(), SourceError> {
+        if path.ends_with(".safetensors") {
+            let range = (path.to_owned(), offset_bytes, buf.len() as u64);
+            self.ranges.lock().unwrap().push(range);
+        }
+        self.source.read_at(path, offset_bytes, buf)
+    }
+
+    fn origin(&self) -> Origin {
+        self.source.origin()
+    }
+}
+
+/// From planning to the last part, a header costs two reads, a needed byte is read once, another never.
+#[test]
+fn only_what_is_needed_is_read() {
+    let kjv = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/kjv");
+    let source = LocalDir::open(&kjv).unwrap();
+    let source = Noted {
+        source,
+        ranges: Mutex::new(Vec::new()),
+    };
+    let tmp = tempfile::tempdir().unwrap();
+    run(&source, Recipe::Q4k, tmp.path(), &OPTIONS).0.unwrap();
+    let mut ranges = source.ranges.into_inner().unwrap();
+    ranges.sort();
+    for pair in ranges.windows(2) {
+        let [(file, offset, len), (next_file, next_offset, _)] = pair else {
+            unreachable!()
+        };
+        assert!(
+            file != next_file || offset + len <= *next_offset,
+            "{pair:?} overlap"
+        );
+    }
+    let checkpoint = Checkpoint::open(&source.source).unwrap();
+    let (mut needed, mut others) = (0, 0);
+    for (name, tensor) in checkpoint.tensors() {
+        let sum = if name.starts_with("mtp.") {
+            &mut others
+        } else {
+            &mut needed
+        };
+        *sum += tensor.size_bytes;
+    }
+    assert!(
+        others > 0,
+        "the checkpoint has tensors that the vindex does not hold"
+    );
+    let headers: Vec<_> = ranges
+        .iter()
+        .filter(|(_, offset, _)| *offset <= 8)
+        .collect();
+    assert_eq!(headers.len(), 2 * 2, "two shards, two reads each");
+    let of_headers: u64 = headers.iter().map(|(_, _, len)| len).sum();
+    let all: u64 = ranges.iter().map(|(_, _, len)| len).sum();
+    assert_eq!(all, of_headers + needed);
 }
 
 /// A finished directory is never extracted into, whatever the plan; no file in it changes.

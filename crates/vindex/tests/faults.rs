@@ -266,6 +266,38 @@ fn a_damaged_part_of_an_interrupted_extraction_is_made_again() {
     assert!(!out.join("extract.journal").exists());
 }
 
+/// A crash may cut the journal anywhere after its first line; whatever is left of it, the result is the same.
+#[test]
+fn a_journal_that_was_cut_is_continued() {
+    let tmp = tempfile::tempdir().unwrap();
+    let (source, out) = interrupted(Recipe::F16, tmp.path());
+    let expected = run(&source, Recipe::F16, &tmp.path().join("whole"), &ALLOWED)
+        .0
+        .unwrap();
+    let journal = fs::read(out.join("extract.journal")).unwrap();
+    let first_line = journal.iter().position(|&b| b == b'\n').unwrap() + 1;
+    let mut n_kept = Vec::new();
+    for len in (first_line..journal.len())
+        .step_by(61)
+        .chain([journal.len()])
+    {
+        let copy = tmp.path().join(len.to_string());
+        copy_dir(&out, &copy);
+        fs::write(copy.join("extract.journal"), &journal[..len]).unwrap();
+        let (id, told) = run(&source, Recipe::F16, &copy, &ALLOWED);
+        assert_eq!(id.unwrap(), expected);
+        n_kept.push(
+            told.iter()
+                .filter(|p| matches!(p, Progress::PartKept { .. }))
+                .count(),
+        );
+    }
+    assert!(
+        n_kept.is_sorted() && n_kept.first() == Some(&0) && n_kept.last() == Some(&5),
+        "{n_kept:?}"
+    );
+}
+
 /// Nothing is written among files that are not ours.
 #[test]
 fn foreign_files_are_refused() {
@@ -384,6 +416,8 @@ fn a_plan_that_does_not_fit_the_disk_is_refused_at_once() {
         Recipe::F32,
     )
     .unwrap();
+    plan.origin = source.origin();
+    plan.checkpoint = Checkpoint::open(&source).unwrap();
     plan.parts.truncate(2);
     plan.parts[1].tensors = vec![PlannedTensor {
         name: "token_embd.weight".to_owned(),
@@ -416,14 +450,28 @@ fn a_plan_that_does_not_fit_the_disk_is_refused_at_once() {
 fn a_plan_for_another_checkpoint_is_refused() {
     let tmp = tempfile::tempdir().unwrap();
     let out = tmp.path().join("out");
-    let plan = plan(
-        &LocalDir::open(&checkpoint_dir("gemma3")).unwrap(),
-        Recipe::F32,
-    )
-    .unwrap();
-    let source = LocalDir::open(&checkpoint_dir("llama")).unwrap();
-    let error = run_plan(&source, &plan, &out, &OPTIONS).0.unwrap_err();
+    let llama = LocalDir::open(&checkpoint_dir("llama")).unwrap();
+    let gemma3 = LocalDir::open(&checkpoint_dir("gemma3")).unwrap();
+    let mut plan = plan(&gemma3, Recipe::F32).unwrap();
+    let mut said = Vec::new();
+    let error = run_plan(&llama, &plan, &out, &OPTIONS).0.unwrap_err();
+    assert!(matches!(&error, Error::OtherSource { .. }), "{error}");
+    said.push(error.to_string());
+    // The same name, another length.
+    plan.origin = llama.origin();
+    let error = run_plan(&llama, &plan, &out, &OPTIONS).0.unwrap_err();
+    assert!(matches!(&error, Error::OtherSource { .. }), "{error}");
+    said.push(error.to_string());
+    // The same files, other tensors wanted.
+    plan.checkpoint = Checkpoint::open(&llama).unwrap();
+    let error = run_plan(&llama, &plan, &out, &OPTIONS).0.unwrap_err();
     assert!(matches!(&error, Error::Plan { .. }), "{error}");
+    said.push(error.to_string());
+    insta::assert_snapshot!(said.join("\n"), @r"
+    the plan was made from another source: gemma3 was planned, llama is given; plan again with this one
+    the plan was made from another source: model.safetensors is 2101936 bytes long, 1365704 bytes were planned; plan again with this one
+    the plan cannot be executed: token_embd.weight: 1 of shape [512, 256] like model.embed_tokens.weight do not make [96, 512]
+    ");
     assert!(!out.exists());
 }
 

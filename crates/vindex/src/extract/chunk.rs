@@ -65,7 +65,6 @@ pub(crate) struct Chunk {
 /// [`Error::Plan`] when the checkpoint has not the tensors that the plan names, or they have another size.
 pub(crate) fn jobs<'a>(
     plan: &'a Plan,
-    checkpoint: &'a Checkpoint,
     wanted: impl Fn(usize) -> bool,
 ) -> Result<Vec<Job<'a>>, Error> {
     let mut jobs = Vec::new();
@@ -76,7 +75,7 @@ pub(crate) fn jobs<'a>(
         .filter(|&(part, _)| wanted(part))
     {
         for tensor in &planned.tensors {
-            let job = Job::new(part, tensor, checkpoint);
+            let job = Job::new(part, tensor, &plan.checkpoint);
             jobs.push(job.map_err(|reason| Error::Plan {
                 tensor: tensor.name.clone(),
                 reason,

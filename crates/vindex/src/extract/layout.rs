@@ -4,7 +4,7 @@
 
 use crate::error::Error;
 use crate::gguf::{self, MetaValue};
-use crate::index::part_file;
+use crate::index::{INDEX_FILE, part_file};
 use crate::plan::{Plan, PlannedPart};
 
 /// The files that a plan will write.
@@ -36,7 +36,7 @@ impl<'a> Layout<'a> {
         let n_tensors: usize = plan.parts.iter().map(|part| part.tensors.len()).sum();
         if u16::try_from(plan.parts.len()).is_err() || i32::try_from(n_tensors).is_err() {
             return Err(wrong(
-                "*",
+                INDEX_FILE,
                 format!("{} parts do not fit a split GGUF", plan.parts.len()),
             ));
         }
