@@ -18,7 +18,7 @@ use serde_json::json;
 use sha1::Digest as _;
 use sha2::Sha256;
 
-use crate::content::{git_hasher, git_oid_of_file, hex, is_sha256, sha256_of_file};
+use crate::content::{git_hasher, git_oid_of, hex, is_sha256, sha256_of};
 use crate::download::blocking;
 use crate::lfs::{self, Object};
 use crate::retry::Patience;
@@ -385,7 +385,9 @@ impl Prepared<'_> {
             Content::Bytes(bytes) => hex(&git_hasher(bytes.len() as u64)
                 .chain_update(bytes)
                 .finalize()),
-            Content::File(path) => blocking("read", path, git_oid_of_file).await?,
+            Content::File(path) => {
+                blocking("read", path, |path| git_oid_of(std::fs::File::open(path)?)).await?
+            }
         };
         Ok(oid == held.git_oid)
     }
@@ -469,7 +471,8 @@ async fn prepare<'a>(
             (Some(sha256), _) => sha256.as_str().into(),
             (None, Content::Bytes(bytes)) => hex(&Sha256::digest(bytes)).into(),
             (None, Content::File(path)) => {
-                let sha256 = blocking("read", path, sha256_of_file).await?;
+                let sha256 =
+                    blocking("read", path, |path| sha256_of(std::fs::File::open(path)?)).await?;
                 progress(Upload::Hashed(*size_bytes));
                 sha256.into()
             }

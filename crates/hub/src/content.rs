@@ -3,8 +3,7 @@
 //! Invariant: files are hashed as a stream, in constant memory.
 
 use std::fs::File;
-use std::io::{self, Read};
-use std::path::Path;
+use std::io::{self, Read, Seek};
 
 use sha1::Sha1;
 use sha2::{Digest, Sha256};
@@ -38,19 +37,19 @@ pub(crate) fn is_sha256(text: &str) -> bool {
     text.len() == 64 && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
 }
 
-/// sha256 of a file, hex; blocks.
-pub(crate) fn sha256_of_file(path: &Path) -> io::Result<String> {
-    hash_file(path, Sha256::new())
+/// sha256 of a file from its start, hex; blocks.
+pub(crate) fn sha256_of(file: File) -> io::Result<String> {
+    hash(file, Sha256::new())
 }
 
 /// git blob id of a file, hex; blocks.
-pub(crate) fn git_oid_of_file(path: &Path) -> io::Result<String> {
-    let size_bytes = std::fs::metadata(path)?.len();
-    hash_file(path, git_hasher(size_bytes))
+pub(crate) fn git_oid_of(file: File) -> io::Result<String> {
+    let size_bytes = file.metadata()?.len();
+    hash(file, git_hasher(size_bytes))
 }
 
-fn hash_file<D: Digest>(path: &Path, mut hasher: D) -> io::Result<String> {
-    let mut file = File::open(path)?;
+fn hash<D: Digest>(mut file: File, mut hasher: D) -> io::Result<String> {
+    file.rewind()?;
     let mut buf = vec![0; READ_BYTES];
     loop {
         match file.read(&mut buf)? {
@@ -62,18 +61,21 @@ fn hash_file<D: Digest>(path: &Path, mut hasher: D) -> io::Result<String> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+
     use super::*;
 
     #[test]
     fn the_two_hashes_of_the_hub() {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        std::fs::write(file.path(), "hello\n").unwrap();
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(b"hello\n").unwrap();
+        let open = || file.try_clone().unwrap();
         assert_eq!(
-            git_oid_of_file(file.path()).unwrap(),
+            git_oid_of(open()).unwrap(),
             "ce013625030ba8dba906f756967f9e9ca394464a"
         );
         assert_eq!(
-            sha256_of_file(file.path()).unwrap(),
+            sha256_of(open()).unwrap(),
             "5891b5b522d5df086d0ff0b110fbd9d21bb4fc7163af34d08286a2e846f6be03"
         );
     }

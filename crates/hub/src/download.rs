@@ -15,7 +15,7 @@ use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 use serde::{Deserialize, Serialize};
 
-use crate::content::{git_oid_of_file, sha256_of_file};
+use crate::content::{git_oid_of, sha256_of};
 use crate::{Error, Snapshot};
 
 /// Bytes gathered before they are written.
@@ -76,7 +76,8 @@ impl Snapshot {
         let content = Content::of(&file);
         let size_bytes = file.size_bytes;
         if fs::metadata(target).is_ok_and(|m| m.is_file() && m.len() == size_bytes)
-            && content.matches(target).await?.is_ok()
+            && let Ok(there) = File::open(target)
+            && content.matches(target, there).await?.is_ok()
         {
             return Ok(Downloaded::AlreadyThere);
         }
@@ -89,8 +90,7 @@ impl Snapshot {
         });
         self.fetch_ranges(path, &part, missing, progress).await?;
         progress(Download::Verifying);
-        part.sync()?;
-        match content.matches(&part.path).await? {
+        match content.matches(&part.path, part.sync()?).await? {
             Ok(()) => part.finish(target)?,
             Err(got) => {
                 part.discard()?;
@@ -187,13 +187,13 @@ impl Content {
         }
     }
 
-    /// Hashes the file at `path`; `Err` holds the hash that it has instead.
-    async fn matches(&self, path: &Path) -> Result<Result<(), String>, Error> {
+    /// Hashes a file; `Err` holds the hash that it has instead.
+    async fn matches(&self, path: &Path, file: File) -> Result<Result<(), String>, Error> {
         let hash = match self {
-            Content::Sha256(_) => sha256_of_file,
-            Content::GitOid(_) => git_oid_of_file,
+            Content::Sha256(_) => sha256_of,
+            Content::GitOid(_) => git_oid_of,
         };
-        let got = blocking("read", path, move |path| hash(path)).await?;
+        let got = blocking("read", path, move |_| hash(file)).await?;
         Ok(if got == self.hex() { Ok(()) } else { Err(got) })
     }
 }
@@ -298,9 +298,11 @@ impl Part {
         .await
     }
 
-    fn sync(&self) -> Result<(), Error> {
+    /// Flushes the bytes; returns the same open file, because a lock may keep others from reading it.
+    fn sync(&self) -> Result<File, Error> {
         let shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
-        shared.0.sync_all().map_err(Error::io("flush", &self.path))
+        let flushed = shared.0.sync_all().and_then(|()| shared.0.try_clone());
+        flushed.map_err(Error::io("flush", &self.path))
     }
 
     fn finish(self, target: &Path) -> Result<(), Error> {

@@ -20,6 +20,8 @@ use crate::{Commit, Error, Hub, RepoId};
 const PAGE_BYTES_MAX: usize = 32 << 20;
 const N_PAGES_MAX: usize = 10_000;
 const N_FILES_MAX: usize = 1_000_000;
+/// Memory reserved before a byte has come; a listing may lie.
+const RESERVE_BYTES_MAX: u64 = 16 << 20;
 /// A blocking read at offset 0 fetches this much, so that a header usually costs one request.
 const HEAD_BYTES: u64 = 128 << 10;
 
@@ -126,9 +128,7 @@ impl Snapshot {
     pub async fn read_range(&self, path: &str, range: Range<u64>) -> Result<Bytes, Error> {
         let mut reader = self.reader(path, range.clone())?;
         let mut bytes = Vec::with_capacity(
-            usize::try_from(range.end.saturating_sub(range.start))
-                .unwrap_or(0)
-                .min(1 << 30),
+            range.end.saturating_sub(range.start).min(RESERVE_BYTES_MAX) as usize,
         );
         while let Some(chunk) = reader.next().await? {
             bytes.extend_from_slice(&chunk);
@@ -181,7 +181,9 @@ impl Snapshot {
             let head_end = self.file(path)?.size_bytes.min(HEAD_BYTES).max(end);
             let head = self.read_range(path, 0..head_end).await?;
             buf.copy_from_slice(&head[..buf.len()]);
-            self.heads().insert(path.to_owned(), head);
+            if head.len() > buf.len() {
+                self.heads().insert(path.to_owned(), head);
+            }
             return Ok(());
         }
         let mut at = 0;

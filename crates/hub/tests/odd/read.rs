@@ -31,7 +31,8 @@ fn text(error: &dyn std::error::Error) -> String {
 
 #[tokio::test]
 async fn a_refusal_says_what_the_hub_said_and_what_to_do_and_is_not_repeated() {
-    let cases: [(u16, &[(&str, &str)], &str); 6] = [
+    type Case = (u16, &'static [(&'static str, &'static str)], &'static str);
+    let cases: [Case; 6] = [
         (
             401,
             &[
