@@ -50,16 +50,16 @@ pub struct ExtractOptions {
 pub enum Progress {
     /// Once, first.
     Started {
-        /// Parts of the whole.
+        /// Parts of the plan, or of the slice.
         n_parts: usize,
         /// Bytes that will be told by `Bytes` and `PartKept` together.
         bytes_total: u64,
     },
     /// A part of an interrupted extraction is intact and need not be made again.
     PartKept {
-        /// From 0.
+        /// From 0, in the order of the files.
         index: usize,
-        /// Parts of the whole.
+        /// Parts of the plan, or of the slice.
         n_parts: usize,
         /// Its name.
         file: String,
@@ -70,9 +70,9 @@ pub enum Progress {
     Bytes(u64),
     /// A part has its final name, or is verified.
     PartDone {
-        /// From 0.
+        /// From 0, in the order of the files.
         index: usize,
-        /// Parts of the whole.
+        /// Parts of the plan, or of the slice.
         n_parts: usize,
         /// Its name.
         file: String,

@@ -49,12 +49,13 @@ pub fn verify(dir: &Path, progress: &(dyn Fn(Progress) + Sync)) -> Result<Verifi
     });
     let wrong: Vec<WrongPart> = parts
         .par_iter()
-        .filter_map(|&i| match verify_part(dir, &index, i, progress) {
+        .enumerate()
+        .filter_map(|(nth, &i)| match verify_part(dir, &index, i, progress) {
             Ok(()) => {
                 let (file, size_bytes) = (index.parts[i].file.clone(), index.parts[i].size_bytes);
                 progress(Progress::PartDone {
-                    index: i,
-                    n_parts: index.parts.len(),
+                    index: nth,
+                    n_parts: parts.len(),
                     file,
                     size_bytes,
                 });

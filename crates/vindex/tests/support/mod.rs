@@ -5,7 +5,8 @@
     reason = "each test binary uses some of it"
 )]
 
-use std::fs;
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
@@ -103,4 +104,20 @@ pub fn chain(error: &dyn std::error::Error) -> String {
         cause = error.source();
     }
     text
+}
+
+/// Overwrites bytes in the middle of a file.
+pub fn overwrite(path: &Path, at: u64, bytes: &[u8]) {
+    let mut file = OpenOptions::new().write(true).open(path).unwrap();
+    file.seek(SeekFrom::Start(at)).unwrap();
+    file.write_all(bytes).unwrap();
+}
+
+/// Flips one bit of the byte at `at`.
+pub fn flip(path: &Path, at: u64) {
+    let mut byte = [0];
+    let mut file = File::open(path).unwrap();
+    file.seek(SeekFrom::Start(at)).unwrap();
+    file.read_exact(&mut byte).unwrap();
+    overwrite(path, at, &[byte[0] ^ 1]);
 }
