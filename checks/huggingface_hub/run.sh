@@ -43,9 +43,9 @@ check() { # NAME [TOKEN]
     port=$("$venv/bin/python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
     url=http://127.0.0.1:$port
     if [ -n "${2:-}" ]; then
-        printf '%s\n' "$2" >"$work/token"
-        chmod 600 "$work/token"
-        args=(--token-file "$work/token")
+        printf '%s\n' "$2" >"$work/secret"
+        chmod 600 "$work/secret"
+        args=(--token-file "$work/secret")
     fi
     "${server[@]}" --root "$work/$1" --listen "127.0.0.1:$port" "${args[@]}" >"$log" 2>&1 &
     pid=$!

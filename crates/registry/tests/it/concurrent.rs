@@ -98,6 +98,15 @@ async fn one_name_is_made_once() {
 async fn the_same_object_may_come_twice_at_once() {
     let hub = Hub::with_repo(Options::default()).await;
     let content = noise(200_000, 9);
-    join_all((0..6).map(|_| hub.upload(&content))).await;
+    let offers = join_all((0..6).map(|_| hub.batch(&content, &["basic"]))).await;
+    let puts = offers
+        .iter()
+        .map(|offer| hub.put(&offer["actions"]["upload"]["href"], content.clone()));
+    assert!(
+        join_all(puts)
+            .await
+            .iter()
+            .all(|answer| answer.status == 200)
+    );
     assert_eq!((hub.n_blobs(), hub.unfinished().len()), (1, 0));
 }
