@@ -49,14 +49,23 @@ impl fmt::Display for Diagnostic {
             ": "
         })?;
         if let Some(entry) = &self.entry {
-            write!(f, "{entry}: ")?;
+            write!(f, "{}: ", printable(entry))?;
         }
-        f.write_str(&self.message)?;
+        f.write_str(&printable(&self.message))?;
         if let Some(hint) = &self.hint {
             write!(f, "\n  hint: {hint}")?;
         }
         Ok(())
     }
+}
+
+/// `text`, in which what a file may hold to confuse a terminal is escaped.
+fn printable(text: &str) -> String {
+    let escape = |c: char| match c.is_control() {
+        true => c.escape_default().collect(),
+        false => String::from(c),
+    };
+    text.chars().map(escape).collect()
 }
 
 /// The findings of one load.

@@ -438,3 +438,13 @@ fn the_template_is_a_valid_config() {
     assert_eq!(catalog.entries.len(), 12);
     assert!(catalog.warnings.is_empty());
 }
+
+#[test]
+fn a_name_cannot_confuse_the_terminal() {
+    let invalid = load_manifest(&manifest(&["key: \"a\\e[2J\\nb\""])).unwrap_err();
+    let text = invalid.findings[0].to_string();
+    assert!(
+        text.contains(r"a\u{1b}[2J\nb: key must be lowercase"),
+        "{text}"
+    );
+}
