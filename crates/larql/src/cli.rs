@@ -119,10 +119,16 @@ impl std::str::FromStr for Reference {
 
     fn from_str(text: &str) -> Result<Reference, hub::Error> {
         let (repo, revision) = match text.split_once('@') {
-            Some((repo, revision)) => (repo, Some(revision.to_owned()).filter(|revision| !revision.is_empty())),
+            Some((repo, revision)) => (
+                repo,
+                Some(revision.to_owned()).filter(|revision| !revision.is_empty()),
+            ),
             None => (text, None),
         };
-        Ok(Reference { repo: repo.parse()?, revision })
+        Ok(Reference {
+            repo: repo.parse()?,
+            revision,
+        })
     }
 }
 
@@ -132,8 +138,12 @@ fn published_slice(text: &str) -> Result<Slice, String> {
     slices.dedup();
     match slices.as_slice() {
         ["none"] => Ok(Slice::Full),
-        [one] => one.parse().map_err(|_| format!("'{one}' is no slice; use none, full or expert-server")),
-        _ => Err("a repository holds one slice; publish each into a repository of its own".to_owned()),
+        [one] => one
+            .parse()
+            .map_err(|_| format!("'{one}' is no slice; use none, full or expert-server")),
+        _ => Err(
+            "a repository holds one slice; publish each into a repository of its own".to_owned(),
+        ),
     }
 }
 
@@ -145,14 +155,23 @@ mod tests {
     fn one_slice_for_one_repository() {
         assert_eq!(published_slice("none"), Ok(Slice::Full));
         assert_eq!(published_slice("full"), Ok(Slice::Full));
-        assert_eq!(published_slice("expert-server,expert-server"), Ok(Slice::ExpertServer));
-        assert!(published_slice("full,expert-server").is_err_and(|text| text.contains("of its own")));
+        assert_eq!(
+            published_slice("expert-server,expert-server"),
+            Ok(Slice::ExpertServer)
+        );
+        assert!(
+            published_slice("full,expert-server").is_err_and(|text| text.contains("of its own"))
+        );
         assert!(published_slice("experts").is_err_and(|text| text.contains("expert-server")));
     }
 
     #[test]
     fn a_reference_may_name_a_revision() {
-        let parse = |text: &str| text.parse::<Reference>().map(|r| (r.repo.to_string(), r.revision)).ok();
+        let parse = |text: &str| {
+            text.parse::<Reference>()
+                .map(|r| (r.repo.to_string(), r.revision))
+                .ok()
+        };
         assert_eq!(parse("a/b"), Some(("a/b".into(), None)));
         assert_eq!(parse("a/b@v1"), Some(("a/b".into(), Some("v1".into()))));
         assert_eq!(parse("a/b@"), Some(("a/b".into(), None)));

@@ -24,8 +24,13 @@ pub(crate) struct Context {
 
 impl Context {
     pub(crate) fn new(output: Output) -> Result<Context, Failure> {
-        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
-        Ok(Context { output, runtime: runtime.map_err(Failure::of("cannot start threads"))? })
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .enable_all()
+            .build();
+        Ok(Context {
+            output,
+            runtime: runtime.map_err(Failure::of("cannot start threads"))?,
+        })
     }
 
     /// Waits for `future`.
@@ -36,7 +41,9 @@ impl Context {
     /// The Hub of the environment.
     pub(crate) fn hub(&self) -> Result<Hub, Failure> {
         let settings = Settings::from_vars(|name| std::env::var(name).ok());
-        settings.and_then(Hub::new).map_err(Failure::of("cannot use the Hub"))
+        settings
+            .and_then(Hub::new)
+            .map_err(Failure::of("cannot use the Hub"))
     }
 
     /// From now on, an interrupt ends the process after it has said `state`. Everything on disk is left as a kill

@@ -22,10 +22,19 @@ pub(crate) fn clear(dir: &Path) -> Result<(), Failure> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(Failure::io("list", dir)(error)),
     };
-    let mut names = vec![INDEX_FILE.to_owned(), SLICE_FILE.to_owned(), PROVENANCE_FILE.to_owned(), JOURNAL_FILE.to_owned()];
+    let mut names = vec![
+        INDEX_FILE.to_owned(),
+        SLICE_FILE.to_owned(),
+        PROVENANCE_FILE.to_owned(),
+        JOURNAL_FILE.to_owned(),
+    ];
     for entry in entries {
         let name = entry.map_err(Failure::io("list", dir))?.file_name();
-        names.extend(name.to_str().filter(|name| is_part(name)).map(str::to_owned));
+        names.extend(
+            name.to_str()
+                .filter(|name| is_part(name))
+                .map(str::to_owned),
+        );
     }
     for name in names {
         let path = dir.join(name);
@@ -40,15 +49,23 @@ pub(crate) fn clear(dir: &Path) -> Result<(), Failure> {
 
 /// sha256 of some bytes, hex.
 pub(crate) fn sha256(bytes: &[u8]) -> String {
-    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+    Sha256::digest(bytes)
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
 }
 
 /// Whether a file has the name of a part (`<stem>-00001-of-00009.gguf`), or of one that is being written or fetched.
 fn is_part(name: &str) -> bool {
-    let Some((stem, suffix)) = name.rsplit_once(".gguf") else { return false };
+    let Some((stem, suffix)) = name.rsplit_once(".gguf") else {
+        return false;
+    };
     let digits = |text: &str| text.len() == 5 && text.bytes().all(|b| b.is_ascii_digit());
     let numbered = stem.rsplit_once("-of-").is_some_and(|(front, total)| {
-        digits(total) && front.rsplit_once('-').is_some_and(|(_, number)| digits(number))
+        digits(total)
+            && front
+                .rsplit_once('-')
+                .is_some_and(|(_, number)| digits(number))
     });
     numbered && matches!(suffix, "" | ".partial" | ".incomplete" | ".incomplete.json")
 }
@@ -56,8 +73,11 @@ fn is_part(name: &str) -> bool {
 /// Writes `dir/name` so that it is there whole or not at all.
 pub(crate) fn write_whole(dir: &Path, name: &str, bytes: &[u8]) -> Result<(), Failure> {
     let (partial, path) = (dir.join(format!("{name}.partial")), dir.join(name));
-    let written = fs::File::create(&partial).and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()));
-    written.and_then(|()| fs::rename(&partial, &path)).map_err(Failure::io("write", &path))
+    let written = fs::File::create(&partial)
+        .and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()));
+    written
+        .and_then(|()| fs::rename(&partial, &path))
+        .map_err(Failure::io("write", &path))
 }
 
 #[cfg(test)]
@@ -66,10 +86,20 @@ mod tests {
 
     #[test]
     fn parts_and_their_beginnings_are_told_from_other_files() {
-        for part in ["m-q4k-00001-of-00009.gguf", "a-00010-of-00010.gguf.partial", "a-00010-of-00010.gguf.incomplete.json"] {
+        for part in [
+            "m-q4k-00001-of-00009.gguf",
+            "a-00010-of-00010.gguf.partial",
+            "a-00010-of-00010.gguf.incomplete.json",
+        ] {
             assert!(is_part(part), "{part}");
         }
-        for other in ["model.gguf", "m-1-of-9.gguf", "m-00001-of-00009.gguf.bak", "index.json", "m-00001-of-00009.safetensors"] {
+        for other in [
+            "model.gguf",
+            "m-1-of-9.gguf",
+            "m-00001-of-00009.gguf.bak",
+            "index.json",
+            "m-00001-of-00009.safetensors",
+        ] {
             assert!(!is_part(other), "{other}");
         }
     }

@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use quant::BlockType;
 use serde::Serialize;
-use vindex::{ExtractOptions, Plan, PlannedTensor, Progress};
+use vindex::{ExtractOptions, Plan, PlannedTensor, Progress, Vindex};
 
 use crate::cli::Extract;
 use crate::context::Context;
@@ -51,12 +51,16 @@ pub(crate) fn extract(args: &Extract, context: &Context) -> Result<(), Failure> 
     let output = context.output;
     let model = Model::open(&args.model, args.revision.as_deref(), context)?;
     output.text(format_args!("source: {model}"))?;
-    let plan = vindex::plan(model.source(), args.quant)
-        .map_err(Failure::of(format!("cannot plan the extraction of {}", args.model)))?;
+    let plan = vindex::plan(model.source(), args.quant).map_err(Failure::of(format!(
+        "cannot plan the extraction of {}",
+        args.model
+    )))?;
     let summary = Summary::of(&plan);
     output.text(summary.to_string().trim_end())?;
     if args.plan {
-        return output.value(&serde_json::json!({"source": model.to_string(), "summary": summary, "plan": plan}));
+        return output.value(
+            &serde_json::json!({"source": model.to_string(), "summary": summary, "plan": plan}),
+        );
     }
     if args.force {
         directory::clear(&args.output)?;
@@ -69,19 +73,32 @@ pub(crate) fn extract(args: &Extract, context: &Context) -> Result<(), Failure> 
         allow_nonfinite: args.allow_nonfinite,
     };
     let meter = Meter::new("extract");
-    let id = vindex::extract(model.source(), &plan, &args.output, &options, &|progress| show(&meter, progress));
+    let id = vindex::extract(model.source(), &plan, &args.output, &options, &|progress| {
+        show(&meter, progress)
+    });
     drop(meter);
     let id = id.map_err(|error| refused(error, args))?;
     let seconds = started.elapsed().as_secs_f64();
+    let written = Vindex::open(&args.output).map_err(Failure::of(format!(
+        "cannot open {}",
+        args.output.display()
+    )))?;
+    let size_bytes: u64 = written
+        .index()
+        .parts
+        .iter()
+        .map(|part| part.size_bytes)
+        .sum();
     output.text(format_args!("vindex: {id}"))?;
     output.text(format_args!(
         "wrote {}: {} parts, {} in {seconds:.1} s",
         args.output.display(),
         summary.n_parts,
-        size(summary.size_bytes)
+        size(size_bytes)
     ))?;
     output.value(&serde_json::json!({
-        "vindex": id.to_string(), "output": args.output, "source": model.to_string(), "seconds": seconds, "summary": summary,
+        "vindex": id.to_string(), "output": args.output, "source": model.to_string(), "seconds": seconds,
+        "size_bytes": size_bytes, "summary": summary,
     }))
 }
 
@@ -92,7 +109,12 @@ fn refused(error: vindex::Error, args: &Extract) -> Failure {
         vindex::Error::NonFinite { .. } => Some("--allow-nonfinite takes such values as they are"),
         _ => None,
     };
-    let failure = Failure::new(format!("cannot extract {} into {}", args.model, args.output.display())).cause(error);
+    let failure = Failure::new(format!(
+        "cannot extract {} into {}",
+        args.model,
+        args.output.display()
+    ))
+    .cause(error);
     match hint {
         Some(hint) => failure.hint(hint),
         None => failure,
@@ -104,15 +126,39 @@ pub(crate) fn show(meter: &Meter, progress: Progress) {
     match progress {
         Progress::Started { bytes_total, .. } => meter.set_total(bytes_total),
         Progress::Bytes(bytes) => meter.add(bytes),
-        Progress::PartKept { index, n_parts, file, size_bytes } => {
+        Progress::PartKept {
+            index,
+            n_parts,
+            file,
+            size_bytes,
+        } => {
             meter.add(size_bytes);
-            meter.item(format!("part {} of {n_parts}: {file} kept, {}", index + 1, size(size_bytes)));
+            meter.item(format!(
+                "part {} of {n_parts}: {file} kept, {}",
+                index + 1,
+                size(size_bytes)
+            ));
         }
-        Progress::PartDone { index, n_parts, file, size_bytes } => {
-            meter.item(format!("part {} of {n_parts}: {file}, {}", index + 1, size(size_bytes)));
+        Progress::PartDone {
+            index,
+            n_parts,
+            file,
+            size_bytes,
+        } => {
+            meter.item(format!(
+                "part {} of {n_parts}: {file}, {}",
+                index + 1,
+                size(size_bytes)
+            ));
         }
-        Progress::NonFinite { file, tensor, count } => {
-            meter.warn(format_args!("{file}: tensor {tensor} holds {count} values that are NaN or infinite"));
+        Progress::NonFinite {
+            file,
+            tensor,
+            count,
+        } => {
+            meter.warn(format_args!(
+                "{file}: tensor {tensor} holds {count} values that are NaN or infinite"
+            ));
         }
         _ => {}
     }
@@ -156,9 +202,22 @@ fn size_bytes(tensor: &PlannedTensor) -> u64 {
 
 impl fmt::Display for Summary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "plan: {} as {}: {} tensors in {} parts, {}", self.stem, self.recipe, self.n_tensors, self.n_parts, size(self.size_bytes))?;
+        writeln!(
+            f,
+            "plan: {} as {}: {} tensors in {} parts, {}",
+            self.stem,
+            self.recipe,
+            self.n_tensors,
+            self.n_parts,
+            size(self.size_bytes)
+        )?;
         for (name, kind) in &self.types {
-            writeln!(f, "  {name:<6} {:>6} tensors {:>12}", kind.n_tensors, size(kind.size_bytes).to_string())?;
+            writeln!(
+                f,
+                "  {name:<6} {:>6} tensors {:>12}",
+                kind.n_tensors,
+                size(kind.size_bytes).to_string()
+            )?;
         }
         for (reason, group) in &self.left_out {
             let others = match group.n_tensors - 1 {

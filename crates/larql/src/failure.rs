@@ -11,7 +11,11 @@ use std::path::Path;
 #[derive(Debug)]
 pub(crate) enum Failure {
     /// One thing went wrong.
-    One { message: String, hint: Option<String>, cause: Option<Box<dyn Error + Send + Sync>> },
+    One {
+        message: String,
+        hint: Option<String>,
+        cause: Option<Box<dyn Error + Send + Sync>>,
+    },
     /// Standard output cannot be written.
     Output(io::Error),
 }
@@ -19,13 +23,21 @@ pub(crate) enum Failure {
 impl Failure {
     /// A failure of which `message` says what failed and on what.
     pub(crate) fn new(message: impl Into<String>) -> Failure {
-        Failure::One { message: message.into(), hint: None, cause: None }
+        Failure::One {
+            message: message.into(),
+            hint: None,
+            cause: None,
+        }
     }
 
     /// Adds what to do now.
     pub(crate) fn hint(self, text: impl Into<String>) -> Failure {
         match self {
-            Failure::One { message, cause, .. } => Failure::One { message, hint: Some(text.into()), cause },
+            Failure::One { message, cause, .. } => Failure::One {
+                message,
+                hint: Some(text.into()),
+                cause,
+            },
             output => output,
         }
     }
@@ -33,7 +45,11 @@ impl Failure {
     /// Adds the error behind it.
     pub(crate) fn cause(self, error: impl Error + Send + Sync + 'static) -> Failure {
         match self {
-            Failure::One { message, hint, .. } => Failure::One { message, hint, cause: Some(Box::new(error)) },
+            Failure::One { message, hint, .. } => Failure::One {
+                message,
+                hint,
+                cause: Some(Box::new(error)),
+            },
             output => output,
         }
     }
@@ -44,7 +60,9 @@ impl Failure {
     }
 
     /// For `map_err`: a library's error, below what was being done.
-    pub(crate) fn of<E: Error + Send + Sync + 'static>(message: impl Into<String>) -> impl FnOnce(E) -> Failure {
+    pub(crate) fn of<E: Error + Send + Sync + 'static>(
+        message: impl Into<String>,
+    ) -> impl FnOnce(E) -> Failure {
         let message = message.into();
         move |error| Failure::new(message).cause(error)
     }
@@ -52,8 +70,15 @@ impl Failure {
     /// What `--json` tells of a failure.
     pub(crate) fn to_json(&self) -> serde_json::Value {
         match self {
-            Failure::One { message, hint, cause } => {
-                let causes: Vec<String> = chain(cause.as_deref()).iter().map(ToString::to_string).collect();
+            Failure::One {
+                message,
+                hint,
+                cause,
+            } => {
+                let causes: Vec<String> = chain(cause.as_deref())
+                    .iter()
+                    .map(ToString::to_string)
+                    .collect();
                 serde_json::json!({"error": message, "causes": causes, "hint": hint})
             }
             Failure::Output(error) => serde_json::json!({"error": error.to_string()}),
@@ -75,7 +100,11 @@ fn chain<'a>(first: Option<&'a (dyn Error + Send + Sync + 'static)>) -> Vec<&'a 
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Failure::One { message, hint, cause } => {
+            Failure::One {
+                message,
+                hint,
+                cause,
+            } => {
                 write!(f, "error: {message}")?;
                 for error in chain(cause.as_deref()) {
                     write!(f, "\n  cause: {error}")?;

@@ -21,30 +21,47 @@ pub(crate) enum Model {
 
 impl Model {
     /// Opens `name`, at `revision` if one is asked for.
-    pub(crate) fn open(name: &str, revision: Option<&str>, context: &Context) -> Result<Model, Failure> {
+    pub(crate) fn open(
+        name: &str,
+        revision: Option<&str>,
+        context: &Context,
+    ) -> Result<Model, Failure> {
         let dir = Path::new(name);
         if dir.is_dir() {
             if let Some(revision) = revision {
                 return Err(Failure::new(format!("{name} is a directory here, which has no revision {revision}"))
                     .hint("leave --revision away, or run where no directory has this name to read the Hub"));
             }
-            let source = LocalDir::open(dir).map_err(Failure::of(format!("cannot read the checkpoint {name}")))?;
-            return Ok(Model::Local { dir: dir.to_owned(), source });
+            let source = LocalDir::open(dir)
+                .map_err(Failure::of(format!("cannot read the checkpoint {name}")))?;
+            return Ok(Model::Local {
+                dir: dir.to_owned(),
+                source,
+            });
         }
         let Ok(reference) = name.parse::<Reference>() else {
-            return Err(Failure::new(format!("there is no directory {name}, and it is no repository of the Hub either"))
-                .hint("name a directory with config.json and *.safetensors, or owner/name[@revision]"));
+            return Err(Failure::new(format!(
+                "there is no directory {name}, and it is no repository of the Hub either"
+            ))
+            .hint(
+                "name a directory with config.json and *.safetensors, or owner/name[@revision]",
+            ));
         };
         let revision = match (reference.revision.as_deref(), revision) {
             (Some(one), Some(other)) if one != other => {
-                return Err(Failure::new(format!("{name} names the revision {one}, and --revision names {other}"))
-                    .hint("name one revision"));
+                return Err(Failure::new(format!(
+                    "{name} names the revision {one}, and --revision names {other}"
+                ))
+                .hint("name one revision"));
             }
             (one, other) => one.or(other),
         };
         let hub = context.hub()?;
         let snapshot = context.wait(hub.snapshot(&reference.repo, revision));
-        Ok(Model::Hub(snapshot.map_err(Failure::of(format!("cannot read the checkpoint {}", reference.repo)))?))
+        Ok(Model::Hub(snapshot.map_err(Failure::of(format!(
+            "cannot read the checkpoint {}",
+            reference.repo
+        )))?))
     }
 
     /// The files.
@@ -60,7 +77,12 @@ impl fmt::Display for Model {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Model::Local { dir, .. } => write!(f, "{} (a directory here)", dir.display()),
-            Model::Hub(snapshot) => write!(f, "hf://{} at commit {}", snapshot.repo(), snapshot.commit()),
+            Model::Hub(snapshot) => write!(
+                f,
+                "hf://{} at commit {}",
+                snapshot.repo(),
+                snapshot.commit()
+            ),
         }
     }
 }

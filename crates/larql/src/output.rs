@@ -24,7 +24,11 @@ pub(crate) struct Output {
 impl Output {
     /// One line, or several, of text. With `--json` nothing.
     pub(crate) fn text(self, text: impl std::fmt::Display) -> Result<(), Failure> {
-        if self.json { Ok(()) } else { write(&format!("{text}\n")) }
+        if self.json {
+            Ok(())
+        } else {
+            write(&format!("{text}\n"))
+        }
     }
 
     /// With `--json`, the value on one line; without it nothing.
@@ -40,7 +44,9 @@ impl Output {
 /// Text as it stands.
 pub(crate) fn write(text: &str) -> Result<(), Failure> {
     let mut out = io::stdout().lock();
-    out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(Failure::Output)
+    out.write_all(text.as_bytes())
+        .and_then(|()| out.flush())
+        .map_err(Failure::Output)
 }
 
 /// A size for people, such as `1.20 GB`.
@@ -70,7 +76,12 @@ impl Meter {
             bar.set_prefix(verb);
             bar.set_draw_target(ProgressDrawTarget::stderr());
         }
-        Meter { verb, bar, is_terminal, last_line: Mutex::new(Instant::now()) }
+        Meter {
+            verb,
+            bar,
+            is_terminal,
+            last_line: Mutex::new(Instant::now()),
+        }
     }
 
     /// How much there is to do.
@@ -84,7 +95,10 @@ impl Meter {
         if self.is_terminal {
             return;
         }
-        let mut last_line = self.last_line.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut last_line = self
+            .last_line
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         if last_line.elapsed() >= LINE_EVERY {
             *last_line = Instant::now();
             let (done, total) = (self.bar.position(), self.bar.length().unwrap_or(0));
@@ -97,7 +111,10 @@ impl Meter {
         if self.is_terminal {
             self.bar.set_message(text.into());
         } else {
-            *self.last_line.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+            *self
+                .last_line
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner) = Instant::now();
             eprintln!("{}: {}", self.verb, text.into());
         }
     }

@@ -11,7 +11,10 @@ use std::path::Path;
 
 use hub::{Addition, CommitRequest, Content, Hub, RepoId, Snapshot, Upload};
 use serde::Serialize;
-use vindex::{INDEX_FILE, Index, PROVENANCE_FILE, Progress, Provenance, SliceContent, SliceFile, Vindex, VindexId};
+use vindex::{
+    INDEX_FILE, Index, PROVENANCE_FILE, Progress, Provenance, SliceContent, SliceFile, Vindex,
+    VindexId,
+};
 
 use crate::cli::Publish;
 use crate::context::Context;
@@ -62,9 +65,15 @@ enum State {
 /// Publishes, or with `--dry-run` only says what would change.
 pub(crate) fn publish(args: &Publish, context: &Context) -> Result<(), Failure> {
     let output = context.output;
-    let vindex = Vindex::open(&args.dir).map_err(Failure::of(format!("cannot publish {}", args.dir.display())))?;
-    let mut files = vindex::slice_files(&vindex, args.slices)
-        .map_err(Failure::of(format!("cannot publish the slice {} of {}", args.slices, args.dir.display())))?;
+    let vindex = Vindex::open(&args.dir).map_err(Failure::of(format!(
+        "cannot publish {}",
+        args.dir.display()
+    )))?;
+    let mut files = vindex::slice_files(&vindex, args.slices).map_err(Failure::of(format!(
+        "cannot publish the slice {} of {}",
+        args.slices,
+        args.dir.display()
+    )))?;
     if let Some(path) = &args.card {
         files.push(card(path)?);
     }
@@ -79,7 +88,9 @@ pub(crate) fn publish(args: &Publish, context: &Context) -> Result<(), Failure> 
         output.value(&changes)?;
         return output.text("dry run complete: nothing was sent");
     }
-    context.on_interrupt("nothing is visible before the commit; the same command goes on, and sends nothing twice");
+    context.on_interrupt(
+        "nothing is visible before the commit; the same command goes on, and sends nothing twice",
+    );
     let meter = Meter::new("verify");
     let verified = vindex::verify(&args.dir, &|progress| match progress {
         // The files are listed above already.
@@ -87,12 +98,18 @@ pub(crate) fn publish(args: &Publish, context: &Context) -> Result<(), Failure> 
         progress => show(&meter, progress),
     });
     drop(meter);
-    verified.map_err(Failure::of(format!("{} is not intact, so nothing was sent", args.dir.display())))?;
+    verified.map_err(Failure::of(format!(
+        "{} is not intact, so nothing was sent",
+        args.dir.display()
+    )))?;
     if let Some(path) = &args.card {
         context.wait(check_card(&hub, path))?;
     }
     let report = context.wait(send(&hub, args, &changes, files));
-    let report = report.map_err(Failure::of(format!("cannot publish to {}; it shows what it showed before", args.repo)))?;
+    let report = report.map_err(Failure::of(format!(
+        "cannot publish to {}; it shows what it showed before",
+        args.repo
+    )))?;
     match &report.commit {
         Some(commit) => output.text(format_args!(
             "published hf://{} at commit {commit}: {} files sent ({}), {} there already, {} deleted",
@@ -113,9 +130,16 @@ pub(crate) fn publish(args: &Publish, context: &Context) -> Result<(), Failure> 
 }
 
 fn card(path: &Path) -> Result<SliceFile, Failure> {
-    let size_bytes = fs::metadata(path).map_err(Failure::io("read the card", path))?.len();
+    let size_bytes = fs::metadata(path)
+        .map_err(Failure::io("read the card", path))?
+        .len();
     if size_bytes > CARD_BYTES_MAX {
-        return Err(Failure::new(format!("the card {} has {}, at most {} are allowed", path.display(), size(size_bytes), size(CARD_BYTES_MAX))));
+        return Err(Failure::new(format!(
+            "the card {} has {}, at most {} are allowed",
+            path.display(),
+            size(size_bytes),
+            size(CARD_BYTES_MAX)
+        )));
     }
     let bytes = fs::read(path).map_err(Failure::io("read the card", path))?;
     Ok(SliceFile {
@@ -130,18 +154,32 @@ fn card(path: &Path) -> Result<SliceFile, Failure> {
 async fn check_card(hub: &Hub, path: &Path) -> Result<(), Failure> {
     let text = fs::read_to_string(path).map_err(Failure::io("read the card", path))?;
     match hub.validate_card(&text).await {
-        Ok(warnings) => warnings.iter().for_each(|warning| eprintln!("warning: the card {}: {warning}", path.display())),
+        Ok(warnings) => warnings
+            .iter()
+            .for_each(|warning| eprintln!("warning: the card {}: {warning}", path.display())),
         Err(error @ hub::Error::Card { .. }) => {
-            return Err(Failure::new(format!("the card {} cannot be published; nothing was sent", path.display())).cause(error));
+            return Err(Failure::new(format!(
+                "the card {} cannot be published; nothing was sent",
+                path.display()
+            ))
+            .cause(error));
         }
-        Err(error) => eprintln!("warning: the card {} could not be checked: {error}", path.display()),
+        Err(error) => eprintln!(
+            "warning: the card {} could not be checked: {error}",
+            path.display()
+        ),
     }
     Ok(())
 }
 
 /// Compares the files with the head of the repository. Provenance that differs in its time alone is taken out of
 /// `files`, so that publishing the same again makes no commit.
-async fn compare(hub: &Hub, args: &Publish, vindex: &Vindex, files: &mut Vec<SliceFile>) -> Result<Changes, Failure> {
+async fn compare(
+    hub: &Hub,
+    args: &Publish,
+    vindex: &Vindex,
+    files: &mut Vec<SliceFile>,
+) -> Result<Changes, Failure> {
     let asking = || Failure::of(format!("cannot see what {} holds", args.repo));
     let remote = head(hub, &args.repo).await.map_err(asking())?;
     let mut changes = Changes {
@@ -154,24 +192,40 @@ async fn compare(hub: &Hub, args: &Publish, vindex: &Vindex, files: &mut Vec<Sli
         deletions: Vec::new(),
     };
     let Some(remote) = remote else {
-        changes.files = files.iter().map(|file| Change::of(file, State::Add)).collect();
+        changes.files = files
+            .iter()
+            .map(|file| Change::of(file, State::Add))
+            .collect();
         return Ok(changes);
     };
     if let Some((index, id)) = remote_index(&remote).await.map_err(asking())? {
         changes.replaces = Some(id.to_string());
         let names: BTreeSet<&str> = files.iter().map(|file| file.name.as_str()).collect();
-        let others = index.parts.iter().map(|part| &part.file).filter(|file| !names.contains(file.as_str()));
-        let others: Vec<String> = others.filter(|file| remote.file(file).is_ok()).cloned().collect();
+        let others = index
+            .parts
+            .iter()
+            .map(|part| &part.file)
+            .filter(|file| !names.contains(file.as_str()));
+        let others: Vec<String> = others
+            .filter(|file| remote.file(file).is_ok())
+            .cloned()
+            .collect();
         if id == vindex.id() && !others.is_empty() {
-            return Err(Failure::new(format!("{} holds more of this vindex than the slice {}", args.repo, args.slices))
-                .hint("publish the slice into a repository of its own"));
+            return Err(Failure::new(format!(
+                "{} holds more of this vindex than the slice {}",
+                args.repo, args.slices
+            ))
+            .hint("publish the slice into a repository of its own"));
         }
         changes.deletions = others;
     }
     let mut kept_provenance = false;
     for file in files.iter() {
         let mut state = state(&remote, file).await.map_err(asking())?;
-        if file.name == PROVENANCE_FILE && state == State::Replace && same_but_time(&remote, vindex).await {
+        if file.name == PROVENANCE_FILE
+            && state == State::Replace
+            && same_but_time(&remote, vindex).await
+        {
             state = State::Keep;
             kept_provenance = true;
         }
@@ -184,7 +238,9 @@ async fn compare(hub: &Hub, args: &Publish, vindex: &Vindex, files: &mut Vec<Sli
 /// The head of a repository; `None` when there is none, or nothing in it.
 async fn head(hub: &Hub, repo: &RepoId) -> Result<Option<Snapshot>, hub::Error> {
     match hub.model_info(repo, None).await {
-        Ok(hub::ModelInfo { sha: Some(commit), .. }) => hub.snapshot_at(repo, &commit).await.map(Some),
+        Ok(hub::ModelInfo {
+            sha: Some(commit), ..
+        }) => hub.snapshot_at(repo, &commit).await.map(Some),
         Ok(_) | Err(hub::Error::RepoNotFound { .. }) => Ok(None),
         Err(error) => Err(error),
     }
@@ -200,11 +256,15 @@ async fn remote_index(remote: &Snapshot) -> Result<Option<(Index, VindexId)>, hu
         Err(hub::Error::TooLarge { .. }) => return Ok(None),
         Err(error) => return Err(error),
     };
-    Ok(Index::from_json(&text).ok().map(|index| (index, VindexId::of(&text))))
+    Ok(Index::from_json(&text)
+        .ok()
+        .map(|index| (index, VindexId::of(&text))))
 }
 
 async fn state(remote: &Snapshot, file: &SliceFile) -> Result<State, hub::Error> {
-    let Ok(there) = remote.file(&file.name) else { return Ok(State::Add) };
+    let Ok(there) = remote.file(&file.name) else {
+        return Ok(State::Add);
+    };
     let same = match &there.sha256 {
         _ if there.size_bytes != file.size_bytes => false,
         Some(sha256) => *sha256 == file.sha256,
@@ -214,14 +274,29 @@ async fn state(remote: &Snapshot, file: &SliceFile) -> Result<State, hub::Error>
 }
 
 async fn same_but_time(remote: &Snapshot, vindex: &Vindex) -> bool {
-    let Ok(text) = remote.read_file(PROVENANCE_FILE, TEXT_BYTES_MAX).await else { return false };
-    match (serde_json::from_slice::<Provenance>(&text), vindex.provenance()) {
-        (Ok(there), Some(here)) => Provenance { extracted_at: here.extracted_at.clone(), ..there } == *here,
+    let Ok(text) = remote.read_file(PROVENANCE_FILE, TEXT_BYTES_MAX).await else {
+        return false;
+    };
+    match (
+        serde_json::from_slice::<Provenance>(&text),
+        vindex.provenance(),
+    ) {
+        (Ok(there), Some(here)) => {
+            Provenance {
+                extracted_at: here.extracted_at.clone(),
+                ..there
+            } == *here
+        }
         _ => false,
     }
 }
 
-async fn send(hub: &Hub, args: &Publish, changes: &Changes, files: Vec<SliceFile>) -> Result<hub::CommitReport, hub::Error> {
+async fn send(
+    hub: &Hub,
+    args: &Publish,
+    changes: &Changes,
+    files: Vec<SliceFile>,
+) -> Result<hub::CommitReport, hub::Error> {
     hub.create_repo(&args.repo, args.private).await?;
     let additions = files.into_iter().map(|file| Addition {
         path: file.name,
@@ -233,13 +308,20 @@ async fn send(hub: &Hub, args: &Publish, changes: &Changes, files: Vec<SliceFile
         size_bytes: file.size_bytes,
     });
     let request = CommitRequest {
-        summary: format!("Publish vindex {} ({})", &changes.vindex[..12], changes.slice),
+        summary: format!(
+            "Publish vindex {} ({})",
+            &changes.vindex[..12],
+            changes.slice
+        ),
         additions: additions.collect(),
         deletions: changes.deletions.clone(),
     };
     let meter = Meter::new("publish");
     hub.commit(&args.repo, &request, &|upload| match upload {
-        Upload::Started { n_files, bytes_total } => {
+        Upload::Started {
+            n_files,
+            bytes_total,
+        } => {
             meter.set_total(bytes_total);
             meter.item(format!("{n_files} files to send, {}", size(bytes_total)));
         }
@@ -253,13 +335,21 @@ async fn send(hub: &Hub, args: &Publish, changes: &Changes, files: Vec<SliceFile
 impl Changes {
     /// Files that are not even compared again.
     fn kept(&self) -> usize {
-        usize::from(self.files.iter().any(|file| file.path == PROVENANCE_FILE && file.state == State::Keep))
+        usize::from(
+            self.files
+                .iter()
+                .any(|file| file.path == PROVENANCE_FILE && file.state == State::Keep),
+        )
     }
 }
 
 impl Change {
     fn of(file: &SliceFile, state: State) -> Change {
-        Change { path: file.name.clone(), size_bytes: file.size_bytes, state }
+        Change {
+            path: file.name.clone(),
+            size_bytes: file.size_bytes,
+            state,
+        }
     }
 }
 
@@ -275,14 +365,24 @@ impl fmt::Display for Changes {
             Some(id) if *id != self.vindex => write!(f, "\nreplaces: vindex {id}")?,
             _ => {}
         }
-        let width = self.files.iter().map(|file| file.path.len()).max().unwrap_or(0);
+        let width = self
+            .files
+            .iter()
+            .map(|file| file.path.len())
+            .max()
+            .unwrap_or(0);
         for file in &self.files {
             let word = match file.state {
                 State::Add => "add",
                 State::Replace => "replace",
                 State::Keep => "keep",
             };
-            write!(f, "\n  {word:<8}{:<width$}  {:>10}", file.path, size(file.size_bytes).to_string())?;
+            write!(
+                f,
+                "\n  {word:<8}{:<width$}  {:>10}",
+                file.path,
+                size(file.size_bytes).to_string()
+            )?;
         }
         for path in &self.deletions {
             write!(f, "\n  delete  {path}")?;

@@ -18,7 +18,9 @@ pub(crate) fn verify(dir: &Path, context: &Context) -> Result<(), Failure> {
     let verified = vindex::verify(dir, &|progress| show(&meter, progress));
     drop(meter);
     let verified = verified.map_err(Failure::of(format!("{} is not intact", dir.display())))?;
-    context.output.text(format_args!("vindex: {}", verified.id))?;
+    context
+        .output
+        .text(format_args!("vindex: {}", verified.id))?;
     context.output.text(format_args!(
         "{}: slice {}, {} parts, {}: every byte is what the index says",
         dir.display(),
@@ -33,7 +35,8 @@ pub(crate) fn verify(dir: &Path, context: &Context) -> Result<(), Failure> {
 
 /// Prints the index and the metadata; with `--json` the index as it is.
 pub(crate) fn dump(dir: &Path, context: &Context) -> Result<(), Failure> {
-    let vindex = Vindex::open(dir).map_err(Failure::of(format!("cannot open {}", dir.display())))?;
+    let vindex =
+        Vindex::open(dir).map_err(Failure::of(format!("cannot open {}", dir.display())))?;
     if context.output.json {
         return context.output.value(&serde_json::json!({
             "vindex": vindex.id().to_string(), "slice": vindex.slice(), "provenance": vindex.provenance(), "index": vindex.index(),

@@ -60,7 +60,11 @@ impl License {
         let list = card_data.get("license").and_then(Value::as_array);
         License {
             ids: match list {
-                Some(list) => list.iter().filter_map(Value::as_str).map(str::to_owned).collect(),
+                Some(list) => list
+                    .iter()
+                    .filter_map(Value::as_str)
+                    .map(str::to_owned)
+                    .collect(),
                 None => text("license").into_iter().collect(),
             },
             is_list: list.is_some(),
@@ -91,13 +95,20 @@ pub(crate) fn render(facts: &Facts<'_>, generated_at: &str) -> String {
 /// The time in `old`, when `old` is the card of the same facts at another time.
 pub(crate) fn same_but_time(facts: &Facts<'_>, old: &str) -> Option<String> {
     let front = hub::card::front_matter(old).ok()??;
-    let time = front.get("foxlight")?.get("generated_at")?.as_str()?.to_owned();
+    let time = front
+        .get("foxlight")?
+        .get("generated_at")?
+        .as_str()?
+        .to_owned();
     (render(facts, &time) == old).then_some(time)
 }
 
 /// This second in UTC, `2026-01-31T23:59:59Z`.
 pub(crate) fn now() -> String {
-    let unix_s = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    let unix_s = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
+        .as_secs();
     utc(unix_s)
 }
 
@@ -106,11 +117,16 @@ pub(crate) fn now() -> String {
 fn utc(unix_s: u64) -> String {
     let days = unix_s / 86_400 + 719_468;
     let (era, day_of_era) = (days / 146_097, days % 146_097);
-    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let year_of_era =
+        (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
     let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
     let shifted_month = (5 * day_of_year + 2) / 153;
     let day = day_of_year - (153 * shifted_month + 2) / 5 + 1;
-    let month = if shifted_month < 10 { shifted_month + 3 } else { shifted_month - 9 };
+    let month = if shifted_month < 10 {
+        shifted_month + 3
+    } else {
+        shifted_month - 9
+    };
     let year = era * 400 + year_of_era + u64::from(month <= 2);
     let (hour, minute, second) = (unix_s / 3600 % 24, unix_s / 60 % 60, unix_s % 60);
     format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z")
@@ -132,7 +148,11 @@ fn front_matter(facts: &Facts<'_>, generated_at: &str, out: &mut String) {
         ([one], false) => {
             let _ = writeln!(out, "license: {}", yaml(one));
         }
-        (ids, _) => list(out, "license", &ids.iter().map(String::as_str).collect::<Vec<_>>()),
+        (ids, _) => list(
+            out,
+            "license",
+            &ids.iter().map(String::as_str).collect::<Vec<_>>(),
+        ),
     }
     let mut line = |indent: usize, key: &str, value: Option<&str>| {
         if let Some(value) = value {
@@ -155,20 +175,32 @@ fn front_matter(facts: &Facts<'_>, generated_at: &str, out: &mut String) {
     line("catalog_key", Some(facts.catalog_key));
     line("extracted_with", Some(TOOL));
     line("generated_at", Some(generated_at));
-    let Some(contents) = &facts.contents else { return };
+    let Some(contents) = &facts.contents else {
+        return;
+    };
     line("vindex_id", Some(&contents.id.to_string()));
     line("recipe", Some(contents.index.recipe.name()));
     line("slice", Some(contents.slice.name()));
     let _ = writeln!(out, "  size_bytes: {}", contents.size_bytes());
     let types = contents.types();
-    let _ = writeln!(out, "  n_tensors: {}", types.values().map(|kind| kind.n_tensors).sum::<usize>());
+    let _ = writeln!(
+        out,
+        "  n_tensors: {}",
+        types.values().map(|kind| kind.n_tensors).sum::<usize>()
+    );
     out.push_str("  tensor_types:\n");
     for (name, kind) in &types {
         let _ = writeln!(out, "    {name}: {}", kind.n_tensors);
     }
     out.push_str("  parts:\n");
     for part in slice_files_of_index(contents.index, contents.slice) {
-        let _ = writeln!(out, "  - file: {}\n    size_bytes: {}\n    sha256: {}", yaml(&part.file), part.size_bytes, yaml(&part.sha256));
+        let _ = writeln!(
+            out,
+            "  - file: {}\n    size_bytes: {}\n    sha256: {}",
+            yaml(&part.file),
+            part.size_bytes,
+            yaml(&part.sha256)
+        );
     }
 }
 
@@ -187,7 +219,11 @@ fn body(facts: &Facts<'_>, generated_at: &str, out: &mut String) {
         "The weights of [{source}](https://huggingface.co/{source}) as a vindex: parts by layer and role, so that attention can\n\
          run where the GPU is and feed-forward weights can be served from cheap memory. Made for Skulk."
     );
-    if let Some(Contents { slice: Slice::ExpertServer, .. }) = facts.contents {
+    if let Some(Contents {
+        slice: Slice::ExpertServer,
+        ..
+    }) = facts.contents
+    {
         out.push_str("This repository holds the slice `expert-server`: metadata and feed-forward weights, without attention and embeddings.\n");
     }
     out.push_str("\n## Provenance\n\n| Field | Value |\n|---|---|\n");
@@ -214,26 +250,42 @@ fn body(facts: &Facts<'_>, generated_at: &str, out: &mut String) {
 
 fn contents_section(contents: &Contents<'_>, out: &mut String) {
     let parts = slice_files_of_index(contents.index, contents.slice);
-    let _ = writeln!(out, "\n## Contents\n\n{} GGUF parts, {} bytes.\n", parts.len(), contents.size_bytes());
+    let _ = writeln!(
+        out,
+        "\n## Contents\n\n{} GGUF parts, {} bytes.\n",
+        parts.len(),
+        contents.size_bytes()
+    );
     out.push_str("| Tensor type | Tensors | Bytes |\n|---|---:|---:|\n");
     for (name, kind) in contents.types() {
         let _ = writeln!(out, "| {name} | {} | {} |", kind.n_tensors, kind.size_bytes);
     }
     out.push_str("\n| Part | Bytes | sha256 |\n|---|---:|---|\n");
     for part in parts {
-        let _ = writeln!(out, "| {} | {} | `{}` |", cell(&part.file), part.size_bytes, part.sha256);
+        let _ = writeln!(
+            out,
+            "| {} | {} | `{}` |",
+            cell(&part.file),
+            part.size_bytes,
+            part.sha256
+        );
     }
 }
 
 fn usage(facts: &Facts<'_>, out: &mut String) {
     out.push_str("\n## Usage\n\n");
     let Some(contents) = &facts.contents else {
-        out.push_str("This vindex was written by another larql than Skulk's; read it with that one.\n");
+        out.push_str(
+            "This vindex was written by another larql than Skulk's; read it with that one.\n",
+        );
         return;
     };
     let repo = facts.repo;
     let dir = "vindex";
-    let _ = writeln!(out, "```sh\nlarql pull {repo} -o {dir}\nlarql verify {dir}\nlarql dump {dir}\n```");
+    let _ = writeln!(
+        out,
+        "```sh\nlarql pull {repo} -o {dir}\nlarql verify {dir}\nlarql dump {dir}\n```"
+    );
     match (contents.slice, contents.index.parts.first()) {
         (Slice::Full, Some(first)) => {
             let _ = writeln!(
@@ -259,8 +311,15 @@ fn license(facts: &Facts<'_>, out: &mut String) {
             cell(&title),
             link.replace(['<', '>', '\n'], "")
         ),
-        (Some(title), None) => writeln!(out, "Derived from {source} and published under its license, unchanged: {}.", cell(&title)),
-        (None, _) => writeln!(out, "Derived from {source}; the license follows the source, whose card states none that could be read."),
+        (Some(title), None) => writeln!(
+            out,
+            "Derived from {source} and published under its license, unchanged: {}.",
+            cell(&title)
+        ),
+        (None, _) => writeln!(
+            out,
+            "Derived from {source}; the license follows the source, whose card states none that could be read."
+        ),
     };
 }
 
@@ -273,7 +332,10 @@ struct Kind {
 
 impl Contents<'_> {
     fn size_bytes(&self) -> u64 {
-        slice_files_of_index(self.index, self.slice).iter().map(|part| part.size_bytes).sum()
+        slice_files_of_index(self.index, self.slice)
+            .iter()
+            .map(|part| part.size_bytes)
+            .sum()
     }
 
     fn types(&self) -> BTreeMap<&'static str, Kind> {
@@ -291,19 +353,31 @@ impl Contents<'_> {
 }
 
 /// A text as a YAML scalar that every reader takes for the same text: plain where nothing could mistake it for a
-/// number, a date, a truth value or syntax, else in double quotes with JSON's escapes, which YAML shares.
+/// number (of any base), a date, a truth value or syntax, else in double quotes with JSON's escapes, which YAML shares.
 fn yaml(text: &str) -> String {
-    const WORDS: [&str; 10] = ["true", "false", "yes", "no", "on", "off", "null", "y", "n", "nan"];
+    const WORDS: [&str; 10] = [
+        "true", "false", "yes", "no", "on", "off", "null", "y", "n", "nan",
+    ];
     let is_plain = text.starts_with(|c: char| c.is_ascii_alphabetic())
-        && text.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.' | '/' | ' '))
+        && text
+            .chars()
+            .all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.' | '/' | ' '))
         && !text.ends_with(' ')
+        && !text.chars().all(|c| c.is_ascii_hexdigit())
         && !WORDS.contains(&text.to_ascii_lowercase().as_str());
-    if is_plain { text.to_owned() } else { Value::from(text).to_string().replace('\u{7f}', "\\u007f") }
+    if is_plain {
+        text.to_owned()
+    } else {
+        Value::from(text).to_string().replace('\u{7f}', "\\u007f")
+    }
 }
 
 /// A text inside a table of Markdown.
 fn cell(text: &str) -> String {
-    text.replace('\\', "\\\\").replace('|', "\\|").replace(['\n', '\r'], " ").replace('<', "&lt;")
+    text.replace('\\', "\\\\")
+        .replace('|', "\\|")
+        .replace(['\n', '\r'], " ")
+        .replace('<', "&lt;")
 }
 
 #[cfg(test)]
@@ -324,28 +398,44 @@ mod tests {
 
     #[test]
     fn a_card_of_a_vindex_that_is_not_ours() {
-        let license = License::of(&serde_json::json!({"license": "other", "license_name": "gemma", "license_link": "https://ai.google.dev/gemma/terms"}));
+        let license = License::of(
+            &serde_json::json!({"license": "other", "license_name": "gemma", "license_link": "https://ai.google.dev/gemma/terms"}),
+        );
         insta::assert_snapshot!(render(&facts(&license), "2026-01-31T23:59:59Z"));
     }
 
     #[test]
     fn front_matter_reads_back_as_it_was_meant() {
-        let license = License::of(&serde_json::json!({"license": ["mit", "no"], "license_name": "a: \"b\" # c", "license_link": 7}));
+        let license = License::of(
+            &serde_json::json!({"license": ["mit", "no"], "license_name": "a: \"b\" # c", "license_link": 7}),
+        );
         let text = render(&facts(&license), "2026-01-31T23:59:59Z");
         let front = hub::card::front_matter(&text).unwrap().unwrap();
         assert_eq!(front["license"], serde_json::json!(["mit", "no"]));
         assert_eq!(front["license_name"], "a: \"b\" # c");
         assert_eq!(front.get("license_link"), None);
-        assert_eq!(front["foxlight"]["source_revision"], "1111111111111111111111111111111111111111");
+        assert_eq!(
+            front["foxlight"]["source_revision"],
+            "1111111111111111111111111111111111111111"
+        );
         assert_eq!(front["foxlight"]["generated_at"], "2026-01-31T23:59:59Z");
-        assert_eq!(front["tags"], serde_json::json!(["vindex", "skulk", "foxlight", "q4k"]));
+        assert_eq!(
+            front["tags"],
+            serde_json::json!(["vindex", "skulk", "foxlight", "q4k"])
+        );
     }
 
     #[test]
     fn a_card_that_differs_in_its_time_alone_is_known() {
-        let (mit, none) = (License::of(&serde_json::json!({"license": "mit"})), License::default());
+        let (mit, none) = (
+            License::of(&serde_json::json!({"license": "mit"})),
+            License::default(),
+        );
         let old = render(&facts(&mit), "2020-01-01T00:00:00Z");
-        assert_eq!(same_but_time(&facts(&mit), &old).as_deref(), Some("2020-01-01T00:00:00Z"));
+        assert_eq!(
+            same_but_time(&facts(&mit), &old).as_deref(),
+            Some("2020-01-01T00:00:00Z")
+        );
         assert_eq!(same_but_time(&facts(&none), &old), None);
         assert_eq!(same_but_time(&facts(&mit), "# no card\n"), None);
     }

@@ -82,6 +82,8 @@ pub(crate) struct Target {
     pub(crate) vindex: Option<String>,
     /// Parts of that one that have no place in the new one.
     pub(crate) deletions: Vec<String>,
+    /// The Hub does not accept our token: nothing can be published, so a real run ends here.
+    pub(crate) refusal: Option<String>,
 }
 
 /// The program that would do the work.
@@ -128,10 +130,13 @@ pub(crate) async fn inspect(plan: &PublishPlan, hub: &Hub, larql: Option<&Path>)
                     .collect();
             }
         }
-        Err(error) => inspection.warnings.push(warning(
-            "what the target repository holds is unknown",
-            &*error,
-        )),
+        Err(error) => {
+            let text = warning("what the target repository holds is unknown", &*error);
+            if let Some(hub::Error::Unauthorized { .. }) = error.downcast_ref() {
+                inspection.target.refusal = Some(text.clone());
+            }
+            inspection.warnings.push(text);
+        }
     }
     inspection.extraction = extraction;
     match collection {

@@ -56,7 +56,10 @@ pub(crate) fn digest(plan: &PublishPlan, commit: Option<&str>) -> String {
         "target_repo": plan.target_repo,
         "publish_slices": plan.publish_slices,
     });
-    Sha256::digest(text.to_string()).iter().map(|byte| format!("{byte:02x}")).collect()
+    Sha256::digest(text.to_string())
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
 }
 
 impl Journal {
@@ -64,23 +67,38 @@ impl Journal {
     pub(crate) fn open(plan: &PublishPlan) -> Result<Journal, Failure> {
         let path = beside(plan, "journal");
         fs::create_dir_all(&plan.scratch).map_err(|error| {
-            Failure::io("cannot make the scratch directory", &plan.scratch, error).hint("name another with --scratch")
+            Failure::io("cannot make the scratch directory", &plan.scratch, error)
+                .hint("name another with --scratch")
         })?;
         let unusable = |error| Failure::io("cannot use the journal", &path, error);
         let mut options = OpenOptions::new();
-        let mut file = options.read(true).append(true).create(true).open(&path).map_err(unusable)?;
+        let mut file = options
+            .read(true)
+            .append(true)
+            .create(true)
+            .open(&path)
+            .map_err(unusable)?;
         match file.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => {
-                return Err(Failure::new(format!("another run is publishing from {}", plan.output_path.display()))
-                    .hint("wait for it, or name another directory with --scratch"));
+                return Err(Failure::new(format!(
+                    "another run is publishing from {}",
+                    plan.output_path.display()
+                ))
+                .hint("wait for it, or name another directory with --scratch"));
             }
             Err(TryLockError::Error(error)) => return Err(unusable(error)),
         }
         let mut text = String::new();
-        (&mut file).take(JOURNAL_BYTES_MAX).read_to_string(&mut text).map_err(unusable)?;
+        (&mut file)
+            .take(JOURNAL_BYTES_MAX)
+            .read_to_string(&mut text)
+            .map_err(unusable)?;
         let (mut plan, mut step, mut whole_bytes) = (None, Step::Begun, 0);
-        for line in text.split_inclusive('\n').filter(|line| line.ends_with('\n')) {
+        for line in text
+            .split_inclusive('\n')
+            .filter(|line| line.ends_with('\n'))
+        {
             match serde_json::from_str(line) {
                 Ok(Line::Plan(digest)) => plan = Some(digest),
                 Ok(Line::Done(done)) => step = step.max(done),
@@ -89,7 +107,12 @@ impl Journal {
             whole_bytes += line.len() as u64;
         }
         file.set_len(whole_bytes).map_err(unusable)?;
-        Ok(Journal { path, file, plan, step })
+        Ok(Journal {
+            path,
+            file,
+            plan,
+            step,
+        })
     }
 
     /// How far the plan with this digest has come; `None` when the journal is new or another plan's.
@@ -104,7 +127,9 @@ impl Journal {
 
     /// Starts anew for the plan with this digest.
     pub(crate) fn begin(&mut self, digest: &str) -> Result<(), Failure> {
-        self.file.set_len(0).map_err(|error| Failure::io("cannot write", &self.path, error))?;
+        self.file
+            .set_len(0)
+            .map_err(|error| Failure::io("cannot write", &self.path, error))?;
         self.append(&Line::Plan(digest.to_owned()))?;
         (self.plan, self.step) = (Some(digest.to_owned()), Step::Begun);
         Ok(())
@@ -123,14 +148,25 @@ impl Journal {
     }
 
     fn append(&mut self, line: &Line) -> Result<(), Failure> {
-        let text = serde_json::to_string(line).map(|text| text + "\n").map_err(std::io::Error::from);
-        let written = text.and_then(|text| self.file.write_all(text.as_bytes())).and_then(|()| self.file.sync_data());
+        let text = serde_json::to_string(line)
+            .map(|text| text + "\n")
+            .map_err(std::io::Error::from);
+        let written = text
+            .and_then(|text| self.file.write_all(text.as_bytes()))
+            .and_then(|()| self.file.sync_data());
         written.map_err(|error| Failure::io("cannot write", &self.path, error))
     }
 }
 
 /// A file of ours beside the output: `.<output>.<kind>`.
 pub(crate) fn beside(plan: &PublishPlan, kind: &str) -> PathBuf {
-    let name = plan.output_path.file_name().unwrap_or_default().to_string_lossy();
-    plan.output_path.parent().unwrap_or(Path::new("")).join(format!(".{name}.{kind}"))
+    let name = plan
+        .output_path
+        .file_name()
+        .unwrap_or_default()
+        .to_string_lossy();
+    plan.output_path
+        .parent()
+        .unwrap_or(Path::new(""))
+        .join(format!(".{name}.{kind}"))
 }

@@ -6,7 +6,9 @@ use std::path::Path;
 #[cfg(unix)]
 pub(crate) fn free_bytes(path: &Path) -> Option<u64> {
     let absolute = std::path::absolute(path).ok()?;
-    let found = absolute.ancestors().find_map(|path| rustix::fs::statvfs(path).ok())?;
+    let found = absolute
+        .ancestors()
+        .find_map(|path| rustix::fs::statvfs(path).ok())?;
     found.f_bavail.checked_mul(found.f_frsize)
 }
 

@@ -25,7 +25,10 @@ pub(crate) struct Run {
 impl Bench {
     pub(crate) fn new() -> Bench {
         let dir = tempfile::tempdir().unwrap();
-        let options = Options { token: Some(TOKEN.to_owned()), ..Options::default() };
+        let options = Options {
+            token: Some(TOKEN.to_owned()),
+            ..Options::default()
+        };
         let registry = registry::spawn(&dir.path().join("registry"), options).unwrap();
         Bench { dir, registry }
     }
@@ -37,9 +40,17 @@ impl Bench {
     /// The program with these arguments, with the registry as its Hub.
     pub(crate) fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_larql"));
-        command.args(args).current_dir(self.dir.path()).stdin(Stdio::null());
-        command.env_clear().env("HF_ENDPOINT", self.registry.url()).env("HF_TOKEN", TOKEN);
-        command.env("HF_HOME", self.path("hf")).env("NO_PROXY", "127.0.0.1");
+        command
+            .args(args)
+            .current_dir(self.dir.path())
+            .stdin(Stdio::null());
+        command
+            .env_clear()
+            .env("HF_ENDPOINT", self.registry.url())
+            .env("HF_TOKEN", TOKEN);
+        command
+            .env("HF_HOME", self.path("hf"))
+            .env("NO_PROXY", "127.0.0.1");
         command
     }
 
@@ -49,9 +60,17 @@ impl Bench {
     }
 
     pub(crate) fn run_with(&self, args: &[&str], vars: &[(&str, &str)]) -> Run {
-        let output = self.command(args).envs(vars.iter().copied()).output().unwrap();
+        let output = self
+            .command(args)
+            .envs(vars.iter().copied())
+            .output()
+            .unwrap();
         let text = |bytes: Vec<u8>| self.redact(&String::from_utf8(bytes).unwrap());
-        Run { code: output.status.code(), stdout: text(output.stdout), stderr: text(output.stderr) }
+        Run {
+            code: output.status.code(),
+            stdout: text(output.stdout),
+            stderr: text(output.stderr),
+        }
     }
 
     /// Runs the program, which must succeed.
@@ -63,7 +82,12 @@ impl Bench {
 
     /// Starts the program and kills it after `delay`; whether it was still running.
     pub(crate) fn kill_after(&self, args: &[&str], delay: Duration) -> bool {
-        let mut child = self.command(args).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let mut child = self
+            .command(args)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
         thread::sleep(delay);
         let was_running = child.try_wait().unwrap().is_none();
         child.kill().unwrap();
@@ -75,13 +99,17 @@ impl Bench {
     pub(crate) fn verified(&self, dir: &str) -> Option<String> {
         let run = self.command(&["verify", dir, "--json"]).output().unwrap();
         let value: serde_json::Value = serde_json::from_slice(&run.stdout).unwrap();
-        run.status.success().then(|| value["vindex"].as_str().unwrap().to_owned())
+        run.status
+            .success()
+            .then(|| value["vindex"].as_str().unwrap().to_owned())
     }
 
     /// What changes from run to run has a name instead.
     fn redact(&self, text: &str) -> String {
         assert!(!text.contains(TOKEN), "the token was printed:\n{text}");
-        let text = text.replace(&self.dir.path().display().to_string(), "[DIR]").replace(self.registry.url(), "[HUB]");
+        let text = text
+            .replace(&self.dir.path().display().to_string(), "[DIR]")
+            .replace(self.registry.url(), "[HUB]");
         words(&text)
     }
 }
@@ -109,7 +137,10 @@ fn words(text: &str) -> String {
         }
     }
     flush(&mut word, &mut out);
-    match (out.find("MB in ").or_else(|| out.find("kB in ")), out.find(" s\n")) {
+    match (
+        out.find("MB in ").or_else(|| out.find("kB in ")),
+        out.find(" s\n"),
+    ) {
         (Some(start), Some(end)) if start < end && !out[start + 6..end].contains('\n') => {
             format!("{}[TIME]{}", &out[..start + 6], &out[end..])
         }
@@ -119,7 +150,10 @@ fn words(text: &str) -> String {
 
 /// A model of the fixtures.
 pub(crate) fn model(name: &str) -> String {
-    format!("{}/../../fixtures/models/{name}", env!("CARGO_MANIFEST_DIR"))
+    format!(
+        "{}/../../fixtures/models/{name}",
+        env!("CARGO_MANIFEST_DIR")
+    )
 }
 
 /// The trained model of the repository, large enough to be killed in the middle.
@@ -129,8 +163,10 @@ pub(crate) fn kjv() -> String {
 
 /// Names of the files in a directory, in order.
 pub(crate) fn names(dir: &Path) -> Vec<String> {
-    let mut names: Vec<String> =
-        std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    let mut names: Vec<String> = std::fs::read_dir(dir)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
     names.sort();
     names
 }

@@ -44,7 +44,11 @@ fn each_refusal_is_told_with_its_status() {
         ] {
             let run = bench.run_with(args, &vars);
             assert_eq!(run.code, Some(1), "{status} {args:?}");
-            assert!(run.stderr.contains(word) && run.stderr.contains("acme/x"), "{status} {args:?}\n{}", run.stderr);
+            assert!(
+                run.stderr.contains(word) && run.stderr.contains("acme/x"),
+                "{status} {args:?}\n{}",
+                run.stderr
+            );
         }
     }
     assert!(!bench.path("pulled").exists() && !bench.path("extracted").exists());
@@ -53,7 +57,10 @@ fn each_refusal_is_told_with_its_status() {
 #[test]
 fn offline_is_offline() {
     let bench = Bench::new();
-    let run = bench.run_with(&["pull", "acme/x", "-o", "pulled"], &[("HF_HUB_OFFLINE", "1")]);
+    let run = bench.run_with(
+        &["pull", "acme/x", "-o", "pulled"],
+        &[("HF_HUB_OFFLINE", "1")],
+    );
     assert_eq!(run.code, Some(1));
     assert!(run.stderr.contains("HF_HUB_OFFLINE"), "{}", run.stderr);
     assert_eq!(bench.registry.stats().sum("").n_requests, 0);

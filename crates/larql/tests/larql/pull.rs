@@ -8,16 +8,41 @@ use crate::bench::{Bench, kjv, model, names};
 #[test]
 fn an_expert_server_fetches_its_own_parts_and_no_others() {
     let bench = Bench::new();
-    bench.ok(&["extract", &model("qwen3_moe"), "-o", "out", "--quant", "q8_0"]);
+    bench.ok(&[
+        "extract",
+        &model("qwen3_moe"),
+        "-o",
+        "out",
+        "--quant",
+        "q8_0",
+    ]);
     bench.ok(&["publish", "out", "--repo", "acme/moe", "--slices", "none"]);
     let sent = || bench.registry.stats().sum("/resolve/").sent_bytes;
     let before = sent();
-    let run = bench.ok(&["pull", "acme/moe", "-o", "experts", "--slice", "expert-server"]);
+    let run = bench.ok(&[
+        "pull",
+        "acme/moe",
+        "-o",
+        "experts",
+        "--slice",
+        "expert-server",
+    ]);
     insta::assert_snapshot!("pull_experts", run.stdout);
-    let size = |name: &String| fs::metadata(bench.path("experts").join(name)).unwrap().len();
+    let size = |name: &String| {
+        fs::metadata(bench.path("experts").join(name))
+            .unwrap()
+            .len()
+    };
     let all: u64 = names(&bench.path("experts")).iter().map(size).sum();
-    assert!(sent() - before <= all, "{} bytes were sent for {all}", sent() - before);
-    let full: u64 = names(&bench.path("out")).iter().map(|name| fs::metadata(bench.path("out").join(name)).unwrap().len()).sum();
+    assert!(
+        sent() - before <= all,
+        "{} bytes were sent for {all}",
+        sent() - before
+    );
+    let full: u64 = names(&bench.path("out"))
+        .iter()
+        .map(|name| fs::metadata(bench.path("out").join(name)).unwrap().len())
+        .sum();
     assert!(all < full);
     assert_eq!(bench.verified("experts"), bench.verified("out"));
 
@@ -25,10 +50,25 @@ fn an_expert_server_fetches_its_own_parts_and_no_others() {
     bench.ok(&["pull", "acme/moe", "-o", "experts"]);
     assert!(sent() - before < full, "what was here was fetched again");
     assert_eq!(bench.verified("experts"), bench.verified("out"));
-    assert!(fs::read_to_string(bench.path("experts/slice.json")).unwrap().contains("full"));
-    let back = bench.ok(&["pull", "acme/moe", "-o", "experts", "--slice", "expert-server"]);
+    assert!(
+        fs::read_to_string(bench.path("experts/slice.json"))
+            .unwrap()
+            .contains("full")
+    );
+    let back = bench.ok(&[
+        "pull",
+        "acme/moe",
+        "-o",
+        "experts",
+        "--slice",
+        "expert-server",
+    ]);
     assert!(back.stdout.contains("0 parts fetched"), "{}", back.stdout);
-    assert!(fs::read_to_string(bench.path("experts/slice.json")).unwrap().contains("full"));
+    assert!(
+        fs::read_to_string(bench.path("experts/slice.json"))
+            .unwrap()
+            .contains("full")
+    );
 }
 
 #[test]
@@ -41,12 +81,24 @@ fn another_vindex_is_not_overwritten_unasked() {
     let mine = bench.verified("mine");
     let run = bench.run(&["pull", "acme/q", "-o", "mine"]);
     assert_eq!(run.code, Some(1));
-    assert!(run.stderr.contains("another vindex") && run.stderr.contains("--force"), "{}", run.stderr);
+    assert!(
+        run.stderr.contains("another vindex") && run.stderr.contains("--force"),
+        "{}",
+        run.stderr
+    );
     assert_eq!(bench.verified("mine"), mine);
     bench.ok(&["pull", "acme/q", "-o", "mine", "--force"]);
     assert_eq!(bench.verified("mine"), bench.verified("out"));
-    assert_eq!(fs::read_to_string(bench.path("mine/notes.txt")).unwrap(), "keep me");
-    let parts = |dir: &str| names(&bench.path(dir)).into_iter().filter(|name| name.ends_with(".gguf")).collect::<Vec<_>>();
+    assert_eq!(
+        fs::read_to_string(bench.path("mine/notes.txt")).unwrap(),
+        "keep me"
+    );
+    let parts = |dir: &str| {
+        names(&bench.path(dir))
+            .into_iter()
+            .filter(|name| name.ends_with(".gguf"))
+            .collect::<Vec<_>>()
+    };
     assert_eq!(parts("mine"), parts("out"));
 }
 
@@ -56,14 +108,21 @@ fn a_killed_pull_is_gone_on_from() {
     bench.ok(&["extract", &kjv(), "-o", "out", "--quant", "q8_0"]);
     bench.ok(&["publish", "out", "--repo", "acme/kjv", "--slices", "none"]);
     for i in 0..12u64 {
-        bench.kill_after(&["pull", "acme/kjv", "-o", "pulled"], Duration::from_millis(5 + i * 9));
+        bench.kill_after(
+            &["pull", "acme/kjv", "-o", "pulled"],
+            Duration::from_millis(5 + i * 9),
+        );
         if bench.path("pulled/index.json").exists() {
             assert_eq!(bench.verified("pulled"), bench.verified("out"));
         }
     }
     bench.ok(&["pull", "acme/kjv", "-o", "pulled"]);
     assert_eq!(bench.verified("pulled"), bench.verified("out"));
-    assert!(names(&bench.path("pulled")).iter().all(|name| !name.contains("incomplete") && !name.contains("partial")));
+    assert!(
+        names(&bench.path("pulled"))
+            .iter()
+            .all(|name| !name.contains("incomplete") && !name.contains("partial"))
+    );
 }
 
 #[test]
@@ -75,6 +134,10 @@ fn a_repository_without_a_vindex_is_said_to_be_one() {
     assert_eq!(run.code, Some(1));
     assert!(run.stderr.contains("nowhere"), "{}", run.stderr);
     let run = bench.run(&["pull", "acme/none", "-o", "pulled"]);
-    assert!(run.stderr.contains("no repository acme/none"), "{}", run.stderr);
+    assert!(
+        run.stderr.contains("no repository acme/none"),
+        "{}",
+        run.stderr
+    );
     assert!(!bench.path("pulled").exists());
 }

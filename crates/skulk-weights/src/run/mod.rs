@@ -56,16 +56,31 @@ pub(crate) async fn publish(request: Request) -> Result<(), Failure> {
 }
 
 async fn carry_out(request: Request) -> Result<(), Failure> {
-    let Request { mut plan, hub, larql, output } = request;
+    let Request {
+        mut plan,
+        hub,
+        larql,
+        output,
+    } = request;
     let left_out = sidecars(&plan);
     let Some(words) = plan.vindex.clone() else {
-        return Err(Failure::new(format!("cannot publish {}: sidecars are not built yet", left_out.join(" and ")))
-            .hint("nothing was done; --artifact vindex publishes the vindex"));
+        return Err(Failure::new(format!(
+            "cannot publish {}: sidecars are not built yet",
+            left_out.join(" and ")
+        ))
+        .hint("nothing was done; --artifact vindex publishes the vindex"));
     };
-    let repo: RepoId = plan.target_repo.parse().map_err(|error: hub::Error| Failure::new("cannot publish").cause(error))?;
+    let repo: RepoId = plan
+        .target_repo
+        .parse()
+        .map_err(|error: hub::Error| Failure::new("cannot publish").cause(error))?;
     let inspection = inspect::inspect(&plan, &hub, Some(&larql)).await;
     plan.inspection = Some(inspection.clone());
     output.text(plan.to_string().trim_end())?;
+    if let Some(refusal) = inspection.target.refusal {
+        return Err(Failure::new(format!("cannot publish to {repo}: {refusal}"))
+            .hint("nothing was extracted"));
+    }
 
     let mut journal = Journal::open(&plan)?;
     let mut step = start(&plan, &mut journal, inspection.source.commit.as_deref())?;
@@ -82,10 +97,20 @@ async fn carry_out(request: Request) -> Result<(), Failure> {
     let collection = file_into_collection(&plan, &hub, &repo).await?;
     journal.remove()?;
 
-    let mut summary = Summary { repo: repo.to_string(), page: hub.page(&repo), collection, left_out, ..Summary::default() };
+    let mut summary = Summary {
+        repo: repo.to_string(),
+        page: hub.page(&repo),
+        collection,
+        left_out,
+        ..Summary::default()
+    };
     if let Ok(Some(target)) = head(&hub, &repo).await {
         summary.commit = Some(target.commit().to_string());
-        summary.vindex = remote_vindex(&target).await.ok().flatten().map(|id| id.to_string());
+        summary.vindex = remote_vindex(&target)
+            .await
+            .ok()
+            .flatten()
+            .map(|id| id.to_string());
     }
     output.text(&summary)?;
     output.value(&summary)?;
@@ -113,7 +138,11 @@ fn sidecars(plan: &PublishPlan) -> Vec<String> {
 }
 
 /// Where to go on: from what the journal knows of this plan, or from the beginning.
-fn start(plan: &PublishPlan, journal: &mut Journal, commit: Option<&str>) -> Result<journal::Step, Failure> {
+fn start(
+    plan: &PublishPlan,
+    journal: &mut Journal,
+    commit: Option<&str>,
+) -> Result<journal::Step, Failure> {
     let digest = journal::digest(plan, commit);
     let out = &plan.output_path;
     let exists = fs::symlink_metadata(out).is_ok();
@@ -124,7 +153,9 @@ fn start(plan: &PublishPlan, journal: &mut Journal, commit: Option<&str>) -> Res
             journal.begin(&digest)?;
             Ok(journal::Step::Begun)
         }
-        Some(journal::Step::Begun) if out.join(EXTRACTION_JOURNAL).exists() => Ok(journal::Step::Begun),
+        Some(journal::Step::Begun) if out.join(EXTRACTION_JOURNAL).exists() => {
+            Ok(journal::Step::Begun)
+        }
         // Its index is written last: the extraction was finished and only its record is missing.
         Some(journal::Step::Begun) if Vindex::open(out).is_ok() => Ok(journal::Step::Extracted),
         Some(journal::Step::Begun) => {
@@ -134,9 +165,16 @@ fn start(plan: &PublishPlan, journal: &mut Journal, commit: Option<&str>) -> Res
         }
         Some(journal::Step::Extracted) => Ok(journal::Step::Extracted),
         None if exists && !plan.force => {
-            let other = if journal.is_begun() { "; it belongs to an interrupted run of another plan" } else { "" };
-            Err(Failure::new(format!("output path already exists: {}{other}", out.display()))
-                .hint("remove it, or rerun with --force to replace it"))
+            let other = if journal.is_begun() {
+                "; it belongs to an interrupted run of another plan"
+            } else {
+                ""
+            };
+            Err(Failure::new(format!(
+                "output path already exists: {}{other}",
+                out.display()
+            ))
+            .hint("remove it, or rerun with --force to replace it"))
         }
         None => {
             if exists {
@@ -165,8 +203,14 @@ async fn extract(
     if plan.output_path.join(INDEX_FILE).is_file() {
         return Ok(());
     }
-    Err(Failure::new(format!("larql extract ended well and left no {INDEX_FILE} in {}", plan.output_path.display()))
-        .hint(format!("nothing was published; check that {} is a larql", larql.display())))
+    Err(Failure::new(format!(
+        "larql extract ended well and left no {INDEX_FILE} in {}",
+        plan.output_path.display()
+    ))
+    .hint(format!(
+        "nothing was published; check that {} is a larql",
+        larql.display()
+    )))
 }
 
 /// Runs `larql publish` with the card, and adds the card when larql has left none.
@@ -182,11 +226,18 @@ async fn publish_vindex(
     let vindex = match Vindex::open(&plan.output_path) {
         Ok(vindex) => Some(vindex),
         Err(error) => {
-            eprintln!("warning: what larql wrote is no vindex of ours, so the card says nothing about its contents: {error}");
+            eprintln!(
+                "warning: what larql wrote is no vindex of ours, so the card says nothing about its contents: {error}"
+            );
             None
         }
     };
-    let slice = plan.publish_slices.split(',').next().and_then(|word| word.parse().ok()).unwrap_or(Slice::Full);
+    let slice = plan
+        .publish_slices
+        .split(',')
+        .next()
+        .and_then(|word| word.parse().ok())
+        .unwrap_or(Slice::Full);
     let facts = Facts {
         repo: &plan.target_repo,
         source_model: &plan.source_model,
@@ -194,16 +245,24 @@ async fn publish_vindex(
         license: &inspection.source.license,
         quant: &plan.quant,
         catalog_key: &plan.model_key,
-        contents: vindex.as_ref().map(|vindex| Contents { id: vindex.id(), index: vindex.index(), slice }),
+        contents: vindex.as_ref().map(|vindex| Contents {
+            id: vindex.id(),
+            index: vindex.index(),
+            slice,
+        }),
     };
     let asking = |error: hub::Error| {
-        Failure::new(format!("cannot see what {repo} holds")).cause(error).hint("the extracted vindex is kept; run the same command again")
+        Failure::new(format!("cannot see what {repo} holds"))
+            .cause(error)
+            .hint("the extracted vindex is kept; run the same command again")
     };
     let old = match head(hub, repo).await.map_err(asking)? {
         Some(target) => card_of(&target).await.map_err(asking)?,
         None => None,
     };
-    let time = old.and_then(|old| card::same_but_time(&facts, &old)).unwrap_or_else(card::now);
+    let time = old
+        .and_then(|old| card::same_but_time(&facts, &old))
+        .unwrap_or_else(card::now);
     let card = card::render(&facts, &time);
     let path = journal::beside(plan, "card.md");
     fs::write(&path, &card).map_err(|error| Failure::io("cannot write the card", &path, error))?;
@@ -220,8 +279,11 @@ async fn publish_vindex(
     if let (Some(vindex), Some(target)) = (&vindex, &target)
         && remote_vindex(target).await.map_err(asking)? != Some(vindex.id())
     {
-        return Err(Failure::new(format!("larql publish ended well, and {repo} does not hold the vindex {}", vindex.id()))
-            .hint("check which larql ran; the extracted vindex is kept"));
+        return Err(Failure::new(format!(
+            "larql publish ended well, and {repo} does not hold the vindex {}",
+            vindex.id()
+        ))
+        .hint("check which larql ran; the extracted vindex is kept"));
     }
     let there = match &target {
         Some(target) => card_of(target).await.map_err(asking)?,
@@ -230,7 +292,9 @@ async fn publish_vindex(
     if there.as_deref() != Some(card.as_str()) {
         eprintln!("warning: larql did not publish the card, so it is added in a commit of its own");
         add_card(hub, repo, card).await.map_err(|error| {
-            Failure::new(format!("the vindex is in {repo} and its card is not")).cause(error).hint("run the same command again to add it")
+            Failure::new(format!("the vindex is in {repo} and its card is not"))
+                .cause(error)
+                .hint("run the same command again to add it")
         })?;
     }
     Ok(())
@@ -244,26 +308,42 @@ async fn add_card(hub: &Hub, repo: &RepoId, card: String) -> Result<(), hub::Err
         sha256: None,
         content: Content::Bytes(card.into_bytes()),
     };
-    let request = CommitRequest { summary: "Add the model card".to_owned(), additions: vec![card], deletions: Vec::new() };
+    let request = CommitRequest {
+        summary: "Add the model card".to_owned(),
+        additions: vec![card],
+        deletions: Vec::new(),
+    };
     hub.commit(repo, &request, &|_| {}).await?;
     Ok(())
 }
 
 /// Files the repository into the plan's collection; the address of the collection, for people.
-async fn file_into_collection(plan: &PublishPlan, hub: &Hub, repo: &RepoId) -> Result<Option<String>, Failure> {
-    let Some(slug) = &plan.collection else { return Ok(None) };
+async fn file_into_collection(
+    plan: &PublishPlan,
+    hub: &Hub,
+    repo: &RepoId,
+) -> Result<Option<String>, Failure> {
+    let Some(slug) = &plan.collection else {
+        return Ok(None);
+    };
     match hub.add_to_collection(slug, repo, None).await {
         Ok(_) => Ok(Some(format!("{}/collections/{slug}", hub.endpoint()))),
-        Err(error) => Err(Failure::new(format!("{repo} is published, but it cannot be filed into the collection {slug}"))
-            .cause(error)
-            .hint("only the filing remains: the same command does it, once the collection can be written")),
+        Err(error) => Err(Failure::new(format!(
+            "{repo} is published, but it cannot be filed into the collection {slug}"
+        ))
+        .cause(error)
+        .hint(
+            "only the filing remains: the same command does it, once the collection can be written",
+        )),
     }
 }
 
 /// The head of a repository; `None` when there is none, or nothing in it.
 async fn head(hub: &Hub, repo: &RepoId) -> Result<Option<Snapshot>, hub::Error> {
     match hub.model_info(repo, None).await {
-        Ok(hub::ModelInfo { sha: Some(commit), .. }) => hub.snapshot_at(repo, &commit).await.map(Some),
+        Ok(hub::ModelInfo {
+            sha: Some(commit), ..
+        }) => hub.snapshot_at(repo, &commit).await.map(Some),
         Ok(_) | Err(hub::Error::RepoNotFound { .. }) => Ok(None),
         Err(error) => Err(error),
     }
