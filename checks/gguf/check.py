@@ -80,7 +80,7 @@ def compare(golden, metadata, tensors):
                 wrong.append(f"{name}: converter {want}, ours {got}")
         elif (want["type"], want["value"]) != (got["type"], got.get("value")):
             wrong.append(f"{name}: converter {want}, ours {got}")
-    wanted = {t["name"]: {k: t[k] for k in ("ne", "type", "sha256")} for t in golden["tensors"]}
+    wanted = {t["name"]: {"ne": t["ne"], "type": t["type"], "sha256": t["sha256_f32"]} for t in golden["tensors"]}
     for name in sorted(set(wanted) | set(tensors)):
         if wanted.get(name) != tensors.get(name):
             wrong.append(f"tensor {name}: converter {wanted.get(name)}, ours {tensors.get(name)}")

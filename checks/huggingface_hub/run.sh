@@ -1,31 +1,24 @@
 #!/usr/bin/env bash
-# Checks the registry with the real huggingface_hub client, once open and once with a token.
+# Checks the registry and what our tools publish with the real huggingface_hub client: the registry once open and once
+# with a token, then larql and the client against each other.
 #
-#   checks/huggingface_hub/run.sh [VENV_DIR [SERVER_COMMAND...]]
+#   checks/huggingface_hub/run.sh PYTHON PROGRAMS
 #
-# VENV_DIR        where the client is installed (default target/venv); kept between runs
-# SERVER_COMMAND  takes --root DIR --listen ADDRESS [--token-file FILE]
-#                 (default target/release/skulk-weights registry serve)
+# PYTHON    has what requirements.txt names
+# PROGRAMS  the folder of larql and skulk-weights
 #
-# Fails when anything is missing: Python, the client, the server, or an answer.
+# Fails when anything is missing: Python, the client, a program, or an answer.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-venv=${1:-target/venv}
-shift || true
-server=("$@")
-if [ ${#server[@]} -eq 0 ]; then
-    server=(target/release/skulk-weights registry serve)
-fi
-if ! command -v "${server[0]}" >/dev/null; then
-    echo "no server: ${server[0]} is not there; build it with: cargo build --release" >&2
-    exit 1
-fi
-
-if [ ! -x "$venv/bin/python" ]; then
-    python3 -m venv "$venv"
-fi
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r checks/huggingface_hub/requirements.txt
+python=$1
+programs=$2
+for program in "$python" "$programs/skulk-weights" "$programs/larql"; do
+    if ! command -v "$program" >/dev/null; then
+        echo "no program at $program; build ours with: cargo build --release" >&2
+        exit 1
+    fi
+done
 
 work=$(mktemp -d)
 pid=
@@ -38,19 +31,18 @@ stop() {
 }
 trap 'stop; rm -rf "$work"' EXIT
 
-check() { # NAME [TOKEN]
-    local port url log="$work/$1.log" args=()
-    port=$("$venv/bin/python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+serve() { # NAME [TOKEN]
+    local port log="$work/$1.log" args=() tries=0
+    port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
     url=http://127.0.0.1:$port
     if [ -n "${2:-}" ]; then
         printf '%s\n' "$2" >"$work/secret"
         chmod 600 "$work/secret"
         args=(--token-file "$work/secret")
     fi
-    "${server[@]}" --root "$work/$1" --listen "127.0.0.1:$port" "${args[@]}" >"$log" 2>&1 &
+    "$programs/skulk-weights" registry serve --root "$work/$1" --listen "127.0.0.1:$port" "${args[@]}" >"$log" 2>&1 &
     pid=$!
-    local tries=0
-    until "$venv/bin/python" -c 'import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=5)' \
+    until "$python" -c 'import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=5)' \
         "$url/api/agent-harnesses" 2>/dev/null; do
         tries=$((tries + 1))
         if [ $tries -ge 100 ] || ! kill -0 "$pid" 2>/dev/null; then
@@ -60,7 +52,12 @@ check() { # NAME [TOKEN]
         fi
         sleep 0.1
     done
-    if ! "$venv/bin/python" checks/huggingface_hub/check.py "$url" ${2:+"$2"}; then
+}
+
+check() { # NAME COMMAND...
+    local log="$work/$1.log"
+    shift
+    if ! "$@"; then
         echo "the server said:" >&2
         cat "$log" >&2
         exit 1
@@ -68,5 +65,10 @@ check() { # NAME [TOKEN]
     stop
 }
 
-check open
-check token hf_check_token
+secret=hf_check_token
+serve open
+check open "$python" checks/huggingface_hub/check.py "$url"
+serve token "$secret"
+check token "$python" checks/huggingface_hub/check.py "$url" "$secret"
+serve published "$secret"
+check published "$python" checks/huggingface_hub/published.py "$url" "$secret" "$programs/larql" fixtures/models/qwen3_moe
