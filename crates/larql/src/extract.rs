@@ -48,6 +48,7 @@ struct LeftOut {
 
 /// Extracts, or with `--plan` only says what would be written.
 pub(crate) fn extract(args: &Extract, context: &Context) -> Result<(), Failure> {
+    context.on_interrupt("the parts that are finished stay; the same command goes on after them");
     let output = context.output;
     let model = Model::open(&args.model, args.revision.as_deref(), context)?;
     output.text(format_args!("source: {model}"))?;
@@ -65,7 +66,6 @@ pub(crate) fn extract(args: &Extract, context: &Context) -> Result<(), Failure> 
     if args.force {
         directory::clear(&args.output)?;
     }
-    context.on_interrupt("the parts that are finished stay; the same command goes on after them");
     let started = Instant::now();
     let all = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
     let options = ExtractOptions {

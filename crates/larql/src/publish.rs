@@ -64,6 +64,9 @@ enum State {
 
 /// Publishes, or with `--dry-run` only says what would change.
 pub(crate) fn publish(args: &Publish, context: &Context) -> Result<(), Failure> {
+    context.on_interrupt(
+        "nothing is visible before the commit; the same command goes on, and sends nothing twice",
+    );
     let output = context.output;
     let vindex = Vindex::open(&args.dir).map_err(Failure::of(format!(
         "cannot publish {}",
@@ -88,9 +91,6 @@ pub(crate) fn publish(args: &Publish, context: &Context) -> Result<(), Failure> 
         output.value(&changes)?;
         return output.text("dry run complete: nothing was sent");
     }
-    context.on_interrupt(
-        "nothing is visible before the commit; the same command goes on, and sends nothing twice",
-    );
     let meter = Meter::new("verify");
     let verified = vindex::verify(&args.dir, &|progress| match progress {
         // The files are listed above already.

@@ -22,6 +22,7 @@ use crate::publish::TEXT_BYTES_MAX;
 
 /// Fetches what is missing of a slice.
 pub(crate) fn pull(args: &Pull, context: &Context) -> Result<(), Failure> {
+    context.on_interrupt("what is fetched stays; the same command goes on after it");
     let output = context.output;
     let hub = context.hub()?;
     let repo = &args.from.repo;
@@ -62,7 +63,6 @@ pub(crate) fn pull(args: &Pull, context: &Context) -> Result<(), Failure> {
         size(size_bytes)
     ))?;
 
-    context.on_interrupt("what is fetched stays; the same command goes on after it");
     let (n_fetched, bytes_fetched) = fetch(&snapshot, &parts, &args.output, context)?;
     finish(&snapshot, &args.output, slice, &index_json, context)?;
     output.text(format_args!(

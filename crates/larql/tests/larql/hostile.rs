@@ -2,9 +2,12 @@
 
 use std::io::{Read, Write};
 use std::net::TcpListener;
+use std::process::{Command, Stdio};
 use std::thread;
 
-use crate::bench::{Bench, model};
+use hub::{Addition, CommitRequest, Content, Hub, Settings, Token};
+
+use crate::bench::{Bench, TOKEN, model};
 
 /// Answers every request with `status`, for as long as the test runs.
 fn refusing(status: u16, headers: &'static str) -> String {
@@ -64,4 +67,71 @@ fn offline_is_offline() {
     assert_eq!(run.code, Some(1));
     assert!(run.stderr.contains("HF_HUB_OFFLINE"), "{}", run.stderr);
     assert_eq!(bench.registry.stats().sum("").n_requests, 0);
+}
+
+#[cfg(unix)]
+#[test]
+fn an_interrupt_ends_with_130_and_says_what_stays() {
+    let bench = Bench::new();
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}", silent.local_addr().unwrap());
+    let mut command = bench.command(&["pull", "acme/x", "-o", "pulled"]);
+    let command = command.env("HF_ENDPOINT", url).stderr(Stdio::piped());
+    let child = command.spawn().unwrap();
+    // It has asked, so it is past its beginning, and nobody will answer.
+    let _asked = silent.accept().unwrap();
+    let sent = Command::new("sh")
+        .arg("-c")
+        .arg(format!("kill -INT {}", child.id()))
+        .status();
+    assert!(sent.unwrap().success());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(130));
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert!(
+        stderr.contains("interrupted: what is fetched stays"),
+        "{stderr}"
+    );
+}
+
+#[test]
+fn an_index_that_lies_about_a_part_is_found_before_anything_is_fetched() {
+    let bench = Bench::new();
+    bench.ok(&["extract", &model("llama"), "-o", "out", "--quant", "q8_0"]);
+    bench.ok(&["publish", "out", "--repo", "acme/x", "--slices", "none"]);
+    let index = std::fs::read_to_string(bench.path("out/index.json")).unwrap();
+    let parsed: serde_json::Value = serde_json::from_str(&index).unwrap();
+    let sha256 = parsed["parts"][2]["sha256"].as_str().unwrap();
+    let lying = index.replace(sha256, &"0".repeat(64));
+    let settings = Settings {
+        endpoint: bench.registry.url().to_owned(),
+        token: Token::new(TOKEN),
+        ..Settings::default()
+    };
+    let request = CommitRequest {
+        summary: "Lie".into(),
+        additions: vec![Addition {
+            path: "index.json".into(),
+            size_bytes: lying.len() as u64,
+            sha256: None,
+            content: Content::Bytes(lying.into()),
+        }],
+        deletions: Vec::new(),
+    };
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let hub = Hub::new(settings).unwrap();
+    let repo = "acme/x".parse().unwrap();
+    runtime
+        .block_on(hub.commit(&repo, &request, &|_| {}))
+        .unwrap();
+    let run = bench.run(&["pull", "acme/x", "-o", "pulled"]);
+    assert_eq!(run.code, Some(1));
+    assert!(
+        run.stderr
+            .contains("does not belong to the repository's own index"),
+        "{}",
+        run.stderr
+    );
+    assert!(run.stderr.contains("-00003-of-"), "{}", run.stderr);
+    assert!(!bench.path("pulled").exists());
 }
