@@ -370,7 +370,7 @@ fn is_number(text: &str) -> bool {
     let first = parts.next().unwrap_or("");
     let sixties: Vec<&str> = parts.collect();
     let is_sixty =
-        |part: &&str| (1..=2).contains(&part.len()) && part.parse::<u8>().is_ok_and(|n| n < 60);
+        |part: &&str| is_digits(part, 1..=2) && (part.len() == 1 || part.starts_with(|c| c < '6'));
     if !sixties.iter().all(is_sixty) {
         return false;
     }
@@ -378,6 +378,7 @@ fn is_number(text: &str) -> bool {
         None if first.len() > 1 && first.starts_with('0') => {
             sixties.is_empty() && all(first, |c| ('0'..='7').contains(c))
         }
+        None if first == "0" => sixties.is_empty(),
         None => all(first, char::is_ascii_digit) && !first.starts_with('_'),
         Some(rest) => {
             let (fraction, exponent) = rest
@@ -389,7 +390,7 @@ fn is_number(text: &str) -> bool {
             });
             let fraction_ok = fraction.chars().all(|c| c.is_ascii_digit() || c == '_');
             let whole_ok = if first.is_empty() {
-                fraction.starts_with(|c: char| c.is_ascii_digit())
+                unsigned == text && fraction.starts_with(|c: char| c.is_ascii_digit())
             } else {
                 all(first, char::is_ascii_digit)
             };
@@ -398,26 +399,61 @@ fn is_number(text: &str) -> bool {
     }
 }
 
-/// `YYYY-MM-DD`, alone or with a time of day after it.
+/// `YYYY-MM-DD`, alone or with a time of day after it: `HH:MM:SS`, a fraction and an offset.
 fn is_date(text: &str) -> bool {
     let (date, time) = text
         .split_once(['T', 't', ' ', '\t'])
-        .map_or((text, None), |(date, time)| (date, Some(time.trim_start())));
+        .map_or((text, None), |(date, time)| (date, Some(time)));
     let parts: Vec<&str> = date.split('-').collect();
     let [year, month, day] = parts.as_slice() else {
         return false;
     };
-    let digits = |part: &str, n_min: usize| {
-        (n_min..=2).contains(&part.len()) && part.chars().all(|c| c.is_ascii_digit())
-    };
-    let n_min = if time.is_some() { 1 } else { 2 };
-    year.len() == 4
-        && year.chars().all(|c| c.is_ascii_digit())
-        && digits(month, n_min)
-        && digits(day, n_min)
+    let n_digits = if time.is_some() { 1..=2 } else { 2..=2 };
+    is_digits(year, 4..=4)
+        && is_digits(month, n_digits.clone())
+        && is_digits(day, n_digits)
         && time.is_none_or(|time| {
-            time.starts_with(|c: char| c.is_ascii_digit()) && time.split(':').count() >= 3
+            // After a T comes the time at once; after a blank there may be more of them.
+            let after_blank = text
+                .as_bytes()
+                .get(date.len())
+                .is_some_and(|c| matches!(c, b' ' | b'\t'));
+            is_time(if after_blank {
+                time.trim_start_matches([' ', '\t'])
+            } else {
+                time
+            })
         })
+}
+
+/// `H:MM:SS`, with a fraction of the second and an offset of hours, or of hours and minutes.
+fn is_time(text: &str) -> bool {
+    let at = text
+        .find(|c: char| !c.is_ascii_digit() && !matches!(c, ':' | '.'))
+        .unwrap_or(text.len());
+    let (clock, offset) = text.split_at(at);
+    let parts: Vec<&str> = clock.split(':').collect();
+    let [hours, minutes, seconds] = parts.as_slice() else {
+        return false;
+    };
+    let (seconds, fraction) = seconds.split_once('.').unwrap_or((seconds, ""));
+    let offset = offset.trim_start_matches([' ', '\t']);
+    let offset_ok = match offset.strip_prefix(['-', '+']) {
+        None => offset.is_empty() || offset == "Z",
+        Some(offset) => {
+            let (hours, minutes) = offset.split_once(':').unwrap_or((offset, "00"));
+            is_digits(hours, 1..=2) && is_digits(minutes, 2..=2)
+        }
+    };
+    is_digits(hours, 1..=2)
+        && is_digits(minutes, 2..=2)
+        && is_digits(seconds, 2..=2)
+        && is_digits(fraction, 0..=usize::MAX)
+        && offset_ok
+}
+
+fn is_digits(text: &str, n: std::ops::RangeInclusive<usize>) -> bool {
+    n.contains(&text.len()) && text.chars().all(|c| c.is_ascii_digit())
 }
 
 fn n_nodes(value: &Value) -> usize {
@@ -475,6 +511,10 @@ mod tests {
             ("1.5e+3", "a number"),
             ("1.5e3", "a string"),
             (".5", "a number"),
+            ("-.5", "a string"),
+            ("0:30", "a string"),
+            ("0:30.5", "a number"),
+            ("6:+8", "a string"),
             (".", "a string"),
             ("..", "a string"),
             ("1_000", "a number"),
@@ -482,6 +522,9 @@ mod tests {
             ("2024-01-01", "a date"),
             ("2024-1-1", "a string"),
             ("2024-01-01 10:00:00", "a date"),
+            ("2024-1-1T1:00:00.5 -05:30", "a date"),
+            ("2024-01-01T1:2:3", "a string"),
+            ("2024-01-01T10:00:00x", "a string"),
             ("7b", "a string"),
             ("~", "null"),
             ("", "null"),
