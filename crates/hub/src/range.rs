@@ -2,26 +2,68 @@
 //!
 //! Invariant: exactly the bytes asked for come out, in order, each once: an answer for another range or
 //! commit, a longer or shorter body is an error, a cut is taken up again at the byte where it happened.
+//!
+//! The Hub counts requests to `/resolve/` and sends large files elsewhere; that address serves the following
+//! ranges of the file as well ([`Addresses`]), without asking the Hub again.
 
+use std::collections::HashMap;
+use std::fmt;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use reqwest::header::{CONTENT_RANGE, HeaderMap, HeaderValue, RANGE};
-use reqwest::{Response, StatusCode};
+use reqwest::{Response, StatusCode, Url};
 
 use crate::retry::Patience;
-use crate::wire::{About, Ask, Failure, Wire};
+use crate::wire::{About, Ask, Failure, Reply, Wire};
 use crate::{Commit, Error, RepoId};
 
 /// How much of a body is thrown away to reach a range when a server ignores `Range`.
 const SKIP_BYTES_MAX: u64 = 64 << 20;
+/// How long an address that the Hub sent us to is used again; those of the public Hub are good for an hour.
+const ADDRESS_LIFETIME: Duration = Duration::from_secs(300);
 /// Progress after which patience starts anew.
 const PROGRESS_BYTES: u64 = 64 << 10;
+
+/// Where the files of a snapshot are, by their paths. Signed, therefore never printed.
+#[derive(Default)]
+pub(crate) struct Addresses {
+    known: Mutex<HashMap<String, (Url, Instant)>>,
+}
+
+impl Addresses {
+    fn get(&self, path: &str) -> Option<Url> {
+        let known = self.lock();
+        let (url, since) = known.get(path)?;
+        (since.elapsed() < ADDRESS_LIFETIME).then(|| url.clone())
+    }
+
+    fn keep(&self, path: &str, url: &Url) {
+        self.lock()
+            .insert(path.to_owned(), (url.clone(), Instant::now()));
+    }
+
+    fn forget(&self, path: &str) {
+        self.lock().remove(path);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, (Url, Instant)>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for Addresses {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Addresses")
+    }
+}
 
 /// A file at a commit.
 #[derive(Clone, Debug)]
 pub(crate) struct Pin {
+    pub(crate) addresses: Arc<Addresses>,
     pub(crate) repo: RepoId,
     pub(crate) commit: Commit,
     pub(crate) path: String,
@@ -135,11 +177,8 @@ impl RangeReader {
 
     async fn open(&mut self) -> Result<Body, Failure> {
         self.patience.attempt();
-        let reply = self
-            .wire
-            .exchange(&ask(&self.wire, &self.pin, self.at..self.end))
-            .await?;
-        if let Some(commit) = reply.first.get("x-repo-commit")
+        let reply = self.exchange().await?;
+        if let Some(commit) = reply.own.get("x-repo-commit")
             && commit.as_bytes() != self.pin.commit.as_str().as_bytes()
         {
             return Err(Failure::Final(
@@ -188,6 +227,33 @@ impl RangeReader {
                 whole,
             }),
         }
+    }
+
+    /// Asks at the address that we were sent to before, or else the Hub.
+    async fn exchange(&self) -> Result<Reply, Failure> {
+        let (addresses, path) = (&self.pin.addresses, self.pin.path.as_str());
+        let mut ask = ask(&self.wire, &self.pin, self.at..self.end);
+        if let Some(known) = addresses.get(path) {
+            let own = std::mem::replace(&mut ask.url, known);
+            match self.wire.exchange(&ask).await {
+                // Most likely its signature has expired.
+                Err(Failure::Status(_)) => {
+                    addresses.forget(path);
+                    ask.url = own;
+                }
+                Err(failure) => {
+                    addresses.forget(path);
+                    return Err(failure);
+                }
+                Ok(reply) => return Ok(reply),
+            }
+        }
+        let reply = self.wire.exchange(&ask).await?;
+        let url = reply.response.url();
+        if reply.response.status() == StatusCode::PARTIAL_CONTENT && !self.wire.is_own(url) {
+            addresses.keep(path, url);
+        }
+        Ok(reply)
     }
 
     fn wrong(&self, detail: String) -> Error {

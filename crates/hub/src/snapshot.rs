@@ -13,7 +13,7 @@ use tokio::runtime::Handle;
 use vindex::{Origin, Source, SourceError, SourceFile};
 
 use crate::content::is_sha256;
-use crate::range::{Pin, RangeReader};
+use crate::range::{Addresses, Pin, RangeReader};
 use crate::wire::{About, Wire, next_page, parse};
 use crate::{Commit, Error, Hub, RepoId};
 
@@ -52,6 +52,7 @@ struct Shared {
     /// In order of their paths.
     files: Vec<File>,
     runtime: Handle,
+    addresses: Arc<Addresses>,
     /// First bytes of files whose header is being read through [`Source`].
     heads: Mutex<HashMap<String, Bytes>>,
 }
@@ -79,6 +80,7 @@ impl Hub {
                 commit: commit.clone(),
                 files,
                 runtime: Handle::current(),
+                addresses: Arc::default(),
                 heads: Mutex::new(HashMap::new()),
             }),
         })
@@ -167,6 +169,7 @@ impl Snapshot {
             });
         }
         let pin = Pin {
+            addresses: Arc::clone(&self.shared.addresses),
             repo: self.repo().clone(),
             commit: self.commit().clone(),
             path: path.to_owned(),

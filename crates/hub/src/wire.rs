@@ -55,11 +55,12 @@ pub(crate) struct Ask<'a> {
     pub(crate) with_token: bool,
 }
 
-/// An answer, with the headers of the endpoint's own answer when others were asked after it.
+/// An answer.
 #[derive(Debug)]
 pub(crate) struct Reply {
     pub(crate) response: Response,
-    pub(crate) first: HeaderMap,
+    /// Headers of the endpoint's own last answer, which may have sent us elsewhere; empty when it was not asked.
+    pub(crate) own: HeaderMap,
 }
 
 /// Why one attempt brought no usable answer.
@@ -162,6 +163,11 @@ impl Wire {
         self.url(&[&["api", "models", repo.owner(), repo.name()], rest].concat())
     }
 
+    /// Whether an address has the endpoint's scheme, host and port.
+    pub(crate) fn is_own(&self, url: &Url) -> bool {
+        url.origin() == self.endpoint.origin()
+    }
+
     /// A `GET` of something small.
     pub(crate) fn get<'a>(&self, what: impl Into<String>, url: Url, about: About<'a>) -> Ask<'a> {
         Ask {
@@ -206,7 +212,8 @@ impl Wire {
         self.post(what, url, about, "application/json", body.to_string())
     }
 
-    /// Sends `ask`, again where that makes sense, and reads the whole body, at most `bytes_max` long.
+    /// Sends `ask`, again where that makes sense, and reads the whole body, at most `bytes_max` long, within
+    /// [`Settings::give_up_after`].
     pub(crate) async fn fetch(
         &self,
         ask: &Ask<'_>,
@@ -216,10 +223,14 @@ impl Wire {
         loop {
             patience.attempt();
             let failure = match self.exchange(ask).await {
-                Ok(reply) => match self.body(&ask.what, reply.response, bytes_max).await {
-                    Ok(body) => return Ok((reply.first, body)),
-                    Err(failure) => failure,
-                },
+                Ok(Reply { response, own }) => {
+                    let wait = self.settings.give_up_after;
+                    match timeout(wait, self.body(&ask.what, response, bytes_max)).await {
+                        Ok(Ok(body)) => return Ok((own, body)),
+                        Ok(Err(failure)) => failure,
+                        Err(_) => Failure::Lost(too_slow("no whole answer", wait)),
+                    }
+                }
                 Err(failure) => failure,
             };
             self.pause(ask, failure, &patience).await?;
@@ -292,33 +303,34 @@ impl Wire {
             }));
         }
         let mut url = ask.url.clone();
-        let mut first: Option<HeaderMap> = None;
+        let mut own = HeaderMap::new();
         for _ in 0..=N_REDIRECTS_MAX {
             let mut request = self
                 .client
                 .request(ask.method.clone(), url.clone())
                 .headers(ask.headers.clone())
                 .header(ACCEPT_ENCODING, "identity");
-            if ask.with_token && url.origin() == self.endpoint.origin() {
+            let is_own = self.is_own(&url);
+            if ask.with_token && is_own {
                 request = request.headers(self.auth_headers());
             }
             if ask.method != Method::GET && ask.method != Method::HEAD {
                 request = request.body(ask.body.clone());
             }
             let response = self.head(request, ask.timeout).await?;
+            if is_own {
+                own = response.headers().clone();
+            }
             let status = response.status();
             if !status.is_redirection() || !response.headers().contains_key(LOCATION) {
                 if !status.is_success() {
                     return Err(Failure::Status(response));
                 }
-                let first = first.unwrap_or_else(|| response.headers().clone());
-                return Ok(Reply { response, first });
+                return Ok(Reply { response, own });
             }
-            let next = self
+            url = self
                 .next_hop(ask, &url, &response)
                 .map_err(Failure::Final)?;
-            first.get_or_insert_with(|| response.headers().clone());
-            url = next;
         }
         Err(Failure::Final(protocol(
             ask,
@@ -360,7 +372,7 @@ impl Wire {
             ));
         }
         let keeps_method = matches!(response.status().as_u16(), 307 | 308);
-        if ask.method != Method::GET && !(keeps_method && next.origin() == self.endpoint.origin()) {
+        if ask.method != Method::GET && !(keeps_method && self.is_own(&next)) {
             return Err(protocol(
                 ask,
                 format!("a redirect of a {} to {}", ask.method, bare(&next)),
@@ -497,6 +509,9 @@ pub(crate) fn bare(url: &Url) -> String {
     let mut url = url.clone();
     url.set_query(None);
     url.set_fragment(None);
+    // These fail only for addresses that cannot have them.
+    let _ = url.set_username("");
+    let _ = url.set_password(None);
     url.to_string()
 }
 

@@ -177,6 +177,80 @@ async fn a_listing_comes_in_pages() {
 }
 
 #[tokio::test]
+async fn a_renamed_repository_is_listed_whole() {
+    let files: Vec<_> = (0..5).map(|i| (format!("{i}.txt"), bytes(i))).collect();
+    let files: Vec<_> = files
+        .iter()
+        .map(|(p, b)| (p.as_str(), b.as_slice()))
+        .collect();
+    let server = Server::with(&files).await;
+    server.shelf.lock().unwrap().page_len = Some(2);
+    server.hook(|seen, shelf| {
+        let path = seen.path.replace("/ann/old", "/ann/model");
+        let query = &seen.query;
+        (path != seen.path).then(|| {
+            refuse(
+                307,
+                &[("location", &format!("{}{path}?{query}", shelf.url))],
+            )
+        })
+    });
+    let old = "ann/old".parse().unwrap();
+    let snapshot = server.client().snapshot(&old, None).await.unwrap();
+    assert_eq!(snapshot.files().len(), 5);
+    assert_eq!(
+        snapshot.read_file("4.txt", 10).await.unwrap(),
+        bytes(4),
+        "the token follows a redirect to the endpoint itself"
+    );
+    assert!(server.requests("").iter().all(|seen| seen.has_token));
+}
+
+#[tokio::test]
+async fn an_answer_that_only_trickles_is_given_up() {
+    let server = Server::with(&[]).await;
+    server.hook(|_, _| {
+        let drops = futures::stream::unfold((), |()| async {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            Some((Ok::<_, std::io::Error>(" "), ()))
+        });
+        Some(Response::new(Body::from_stream(drops)))
+    });
+    let error = server.client().model_info(&repo(), None).await.unwrap_err();
+    assert!(
+        text(&error).ends_with("no whole answer within 0.4 s"),
+        "{}",
+        text(&error)
+    );
+}
+
+#[tokio::test]
+async fn the_hub_is_asked_once_where_a_file_is_and_again_when_that_address_has_expired() {
+    let content = bytes(5000);
+    let server = Server::with(&[("w.bin", &content)]).await;
+    server.shelf.lock().unwrap().through_cdn = true;
+    let snapshot = server.client().snapshot(&repo(), None).await.unwrap();
+    for at in [0, 700, 1400] {
+        let range = at..at + 700;
+        assert_eq!(
+            snapshot.read_range("w.bin", range).await.unwrap(),
+            content[at as usize..at as usize + 700]
+        );
+    }
+    assert_eq!(server.requests("/resolve/").len(), 1);
+    let mut has_expired = true;
+    server.hook(move |seen, _| {
+        let refused = seen.path.starts_with("/_cdn") && std::mem::take(&mut has_expired);
+        refused.then(|| refuse(403, &[]))
+    });
+    assert_eq!(
+        snapshot.read_range("w.bin", 2100..5000).await.unwrap(),
+        content[2100..]
+    );
+    assert_eq!(server.requests("/resolve/").len(), 2);
+}
+
+#[tokio::test]
 async fn every_read_names_the_commit_that_was_resolved() {
     let server = Server::with(&[("a.txt", b"old")]).await;
     let snapshot = server
