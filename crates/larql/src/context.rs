@@ -7,13 +7,8 @@
 use std::future::Future;
 
 use hub::{Hub, Settings};
+use terminal::{Failure, INTERRUPTED, Output};
 use tokio::runtime::Runtime;
-
-use crate::failure::Failure;
-use crate::output::Output;
-
-/// Exit status of a program that an interrupt ended.
-const INTERRUPTED: i32 = 130;
 
 /// The surroundings of a command.
 #[derive(Debug)]
@@ -52,7 +47,7 @@ impl Context {
         self.runtime.spawn(async move {
             if tokio::signal::ctrl_c().await.is_ok() {
                 eprintln!("interrupted: {state}");
-                std::process::exit(INTERRUPTED);
+                std::process::exit(INTERRUPTED.into());
             }
         });
     }

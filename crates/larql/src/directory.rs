@@ -8,9 +8,8 @@ use std::io::{self, Write};
 use std::path::Path;
 
 use sha2::{Digest, Sha256};
+use terminal::Failure;
 use vindex::{INDEX_FILE, PROVENANCE_FILE, SLICE_FILE};
-
-use crate::failure::Failure;
 
 /// The journal of an extraction that did not finish.
 pub(crate) const JOURNAL_FILE: &str = "extract.journal";
@@ -20,7 +19,7 @@ pub(crate) fn clear(dir: &Path) -> Result<(), Failure> {
     let entries = match fs::read_dir(dir) {
         Ok(entries) => entries,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(Failure::io("list", dir)(error)),
+        Err(error) => return Err(Failure::io("cannot list", dir, error)),
     };
     let mut names = vec![
         INDEX_FILE.to_owned(),
@@ -29,7 +28,9 @@ pub(crate) fn clear(dir: &Path) -> Result<(), Failure> {
         JOURNAL_FILE.to_owned(),
     ];
     for entry in entries {
-        let name = entry.map_err(Failure::io("list", dir))?.file_name();
+        let name = entry
+            .map_err(|error| Failure::io("cannot list", dir, error))?
+            .file_name();
         names.extend(
             name.to_str()
                 .filter(|name| is_part(name))
@@ -41,7 +42,7 @@ pub(crate) fn clear(dir: &Path) -> Result<(), Failure> {
         match fs::remove_file(&path) {
             Ok(()) => {}
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(Failure::io("remove", &path)(error)),
+            Err(error) => return Err(Failure::io("cannot remove", &path, error)),
         }
     }
     Ok(())
@@ -77,7 +78,7 @@ pub(crate) fn write_whole(dir: &Path, name: &str, bytes: &[u8]) -> Result<(), Fa
         .and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()));
     written
         .and_then(|()| fs::rename(&partial, &path))
-        .map_err(Failure::io("write", &path))
+        .map_err(|error| Failure::io("cannot write", &path, error))
 }
 
 #[cfg(test)]

@@ -9,14 +9,13 @@ use std::time::Instant;
 
 use quant::BlockType;
 use serde::Serialize;
+use terminal::{Failure, Meter, size};
 use vindex::{ExtractOptions, Plan, PlannedTensor, Progress, Vindex};
 
 use crate::cli::Extract;
 use crate::context::Context;
 use crate::directory;
-use crate::failure::Failure;
 use crate::model::Model;
-use crate::output::{Meter, size};
 
 /// What a plan comes to.
 #[derive(Debug, Serialize)]

@@ -6,11 +6,11 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use hub::Snapshot;
+use terminal::Failure;
 use vindex::{LocalDir, Source};
 
 use crate::cli::Reference;
 use crate::context::Context;
-use crate::failure::Failure;
 
 /// A checkpoint that can be read.
 #[derive(Debug)]

@@ -11,6 +11,7 @@ use std::path::Path;
 
 use hub::{Addition, CommitRequest, Content, Hub, RepoId, Snapshot, Upload};
 use serde::Serialize;
+use terminal::{Failure, Meter, size};
 use vindex::{
     INDEX_FILE, Index, PROVENANCE_FILE, Progress, Provenance, SliceContent, SliceFile, Vindex,
     VindexId,
@@ -20,8 +21,6 @@ use crate::cli::Publish;
 use crate::context::Context;
 use crate::directory::sha256;
 use crate::extract::show;
-use crate::failure::Failure;
-use crate::output::{Meter, size};
 
 /// Name of the card in a repository.
 const CARD_FILE: &str = "README.md";
@@ -131,7 +130,7 @@ pub(crate) fn publish(args: &Publish, context: &Context) -> Result<(), Failure> 
 
 fn card(path: &Path) -> Result<SliceFile, Failure> {
     let size_bytes = fs::metadata(path)
-        .map_err(Failure::io("read the card", path))?
+        .map_err(|error| Failure::io("cannot read the card", path, error))?
         .len();
     if size_bytes > CARD_BYTES_MAX {
         return Err(Failure::new(format!(
@@ -141,7 +140,7 @@ fn card(path: &Path) -> Result<SliceFile, Failure> {
             size(CARD_BYTES_MAX)
         )));
     }
-    let bytes = fs::read(path).map_err(Failure::io("read the card", path))?;
+    let bytes = fs::read(path).map_err(|error| Failure::io("cannot read the card", path, error))?;
     Ok(SliceFile {
         name: CARD_FILE.to_owned(),
         size_bytes: bytes.len() as u64,
@@ -152,7 +151,8 @@ fn card(path: &Path) -> Result<SliceFile, Failure> {
 
 /// Lets the Hub look at the card before anything is sent; a Hub that cannot is no reason to stop.
 async fn check_card(hub: &Hub, path: &Path) -> Result<(), Failure> {
-    let text = fs::read_to_string(path).map_err(Failure::io("read the card", path))?;
+    let text = fs::read_to_string(path)
+        .map_err(|error| Failure::io("cannot read the card", path, error))?;
     match hub.validate_card(&text).await {
         Ok(warnings) => warnings
             .iter()

@@ -8,6 +8,7 @@ use std::path::Path;
 use std::{fs, io};
 
 use hub::{Download, Downloaded, Snapshot};
+use terminal::{Failure, Meter, size};
 use vindex::{
     INDEX_FILE, Index, PROVENANCE_FILE, Part, SLICE_FILE, Slice, Vindex, VindexId,
     slice_files_of_index,
@@ -16,8 +17,6 @@ use vindex::{
 use crate::cli::Pull;
 use crate::context::Context;
 use crate::directory::{self, JOURNAL_FILE, sha256};
-use crate::failure::Failure;
-use crate::output::{Meter, size};
 use crate::publish::TEXT_BYTES_MAX;
 
 /// Fetches what is missing of a slice.
@@ -149,10 +148,13 @@ fn make_room(dir: &Path, id: VindexId, force: bool) -> Result<(), Failure> {
         Ok(text) if VindexId::of(&text) == id => return Ok(()),
         Ok(text) => format!("another vindex, {}", VindexId::of(&text)),
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            return Err(Failure::io("read", &path)(error));
+            return Err(Failure::io("cannot read", &path, error));
         }
         Err(_) if dir.join(JOURNAL_FILE).exists() => "an extraction that did not finish".to_owned(),
-        Err(_) => return fs::create_dir_all(dir).map_err(Failure::io("create", dir)),
+        Err(_) => {
+            return fs::create_dir_all(dir)
+                .map_err(|error| Failure::io("cannot create", dir, error));
+        }
     };
     if !force {
         return Err(Failure::new(format!("{} holds {there}", dir.display()))
@@ -191,9 +193,12 @@ fn fetch(
             .is_ok_and(|file| file.sha256.is_none())
         {
             // The Hub keeps it as text and its listing names another hash; the index is held against the bytes.
-            let got = sha256(&fs::read(&target).map_err(Failure::io("read", &target))?);
+            let got = sha256(
+                &fs::read(&target).map_err(|error| Failure::io("cannot read", &target, error))?,
+            );
             if got != part.sha256 {
-                fs::remove_file(&target).map_err(Failure::io("remove", &target))?;
+                fs::remove_file(&target)
+                    .map_err(|error| Failure::io("cannot remove", &target, error))?;
                 return Err(disagrees(
                     snapshot,
                     &part.file,

@@ -2,15 +2,13 @@
 //!
 //! Invariant: nothing is written to the vindex.
 
-use std::io;
 use std::path::Path;
 
+use terminal::{Failure, Meter, size, write};
 use vindex::Vindex;
 
 use crate::context::Context;
 use crate::extract::show;
-use crate::failure::Failure;
-use crate::output::{Meter, size, write};
 
 /// Hashes every part of the recorded slice.
 pub(crate) fn verify(dir: &Path, context: &Context) -> Result<(), Failure> {
@@ -43,6 +41,6 @@ pub(crate) fn dump(dir: &Path, context: &Context) -> Result<(), Failure> {
         }));
     }
     let mut text = Vec::new();
-    vindex::dump(&vindex, &mut text).map_err(|error: io::Error| Failure::io("read", dir)(error))?;
+    vindex::dump(&vindex, &mut text).map_err(|error| Failure::io("cannot read", dir, error))?;
     write(&String::from_utf8_lossy(&text))
 }

@@ -4,6 +4,8 @@
 
 use std::path::{Path, PathBuf};
 
+use terminal::Failure;
+
 use crate::config::{self, Item};
 use crate::diagnostic::{Diagnostic, Report, Severity, did_you_mean};
 use crate::entry::{Entry, Source, SourceKind, Tier};
@@ -49,6 +51,19 @@ impl Invalid {
             .iter()
             .filter(|finding| finding.severity == Severity::Error)
             .count()
+    }
+}
+
+impl From<Invalid> for Failure {
+    fn from(invalid: Invalid) -> Failure {
+        let lines = invalid
+            .findings
+            .iter()
+            .map(|finding| format!("{finding}\n"));
+        Failure::Several {
+            text: lines.collect::<String>() + &format!("error: {invalid}"),
+            value: serde_json::json!({"valid": false, "error": invalid.to_string(), "findings": invalid.findings}),
+        }
     }
 }
 

@@ -202,5 +202,8 @@ pub(crate) enum Registry {
         /// A file with the token that clients must show
         #[arg(long, value_name = "FILE")]
         token_file: Option<PathBuf>,
+        /// The address that clients use, where it is another one: of a proxy that speaks TLS
+        #[arg(long, value_name = "URL")]
+        public_url: Option<String>,
     },
 }

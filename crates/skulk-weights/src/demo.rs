@@ -10,14 +10,12 @@ use std::path::{Path, PathBuf};
 
 use hub::{Addition, CommitRequest, Content, Hub, RepoId, Settings, Token};
 use serde::Serialize;
+use terminal::{Failure, Output, size};
 use vindex::{INDEX_FILE, VindexId};
 
 use crate::cli::Demo;
 use crate::environment::Environment;
-use crate::failure::Failure;
-use crate::inspect::size;
 use crate::larql;
-use crate::output::Output;
 
 const OWNER: &str = "foxlight-demo";
 const KEY: &str = "demo/kjv-full-q4-k";

@@ -7,12 +7,11 @@ use std::path::Path;
 use std::time::Duration;
 
 use serde::Serialize;
+use terminal::{Failure, Output};
 
 use crate::catalog::{Catalog, Invalid, View};
 use crate::cli::Doctor;
 use crate::environment::Environment;
-use crate::failure::Failure;
-use crate::output::Output;
 use crate::plan::{Artifact, PublishPlan};
 use crate::space::free_bytes;
 use crate::{inspect, larql, name, publish};

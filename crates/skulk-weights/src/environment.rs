@@ -5,7 +5,8 @@
 use std::future::Future;
 use std::path::{Path, PathBuf};
 
-use crate::failure::Failure;
+use terminal::Failure;
+
 use crate::scratch;
 
 /// The working directory and the home directory; variables are read when asked for.

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use hub::{Hub, RepoId, Settings, Snapshot};
 use serde::Serialize;
+use terminal::size;
 use vindex::{
     Checkpoint, Dtype, INDEX_FILE, Index, LocalDir, Plan, Recipe, Source as Files, VindexId,
 };
@@ -440,9 +441,4 @@ impl fmt::Display for Inspection {
         }
         Ok(())
     }
-}
-
-/// A size for people.
-pub(crate) fn size(bytes: u64) -> indicatif::DecimalBytes {
-    indicatif::DecimalBytes(bytes)
 }

@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
+use terminal::Failure;
 
-use crate::failure::Failure;
 use crate::plan::PublishPlan;
 
 const JOURNAL_BYTES_MAX: u64 = 64 << 10;

@@ -8,8 +8,9 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
+use terminal::Failure;
+
 use crate::environment::Environment;
-use crate::failure::Failure;
 
 /// The variable that names larql: a path, or a name to look for on `PATH`.
 pub(crate) const VARIABLE: &str = "SKULK_WEIGHTS_LARQL";

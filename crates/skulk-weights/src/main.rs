@@ -4,8 +4,7 @@
 //! checks them against each other (`unique`); `plan` turns one entry into a value without asking anybody; `inspect` adds
 //! what only the network knows; `run` carries the plan out with larql and the Hub. `--dry-run` stops after the value.
 //!
-//! Invariant: only this module prints failures and exits, and only `environment` reads variables. No message holds a
-//! token. Left out: extraction and upload themselves, which are larql's.
+//! Invariant: only `environment` reads variables. Left out: extraction and upload themselves, which are larql's.
 
 mod card;
 mod catalog;
@@ -16,13 +15,11 @@ mod diagnostic;
 mod doctor;
 mod entry;
 mod environment;
-mod failure;
 mod inspect;
 mod journal;
 mod larql;
 mod manifest;
 mod name;
-mod output;
 mod plan;
 mod publish;
 mod run;
@@ -37,46 +34,20 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
+use terminal::{Failure, Output};
 
 use catalog::Catalog;
 use cli::{Cli, Command};
 use environment::Environment;
-use failure::Failure;
-use output::Output;
 use scratch::Cleaned;
-
-/// Exit status of a program that an interrupt ended.
-const INTERRUPTED: u8 = 130;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(io::stderr)
-        .init();
+    terminal::start_logging();
     let output = Output {
         json: cli.global.json,
     };
-    match run(&cli, output) {
-        Ok(()) => ExitCode::SUCCESS,
-        // The reader of our output has seen enough.
-        Err(Failure::Output(error)) if error.kind() == io::ErrorKind::BrokenPipe => {
-            ExitCode::SUCCESS
-        }
-        Err(failure) => {
-            if !matches!(failure, Failure::Shown) {
-                eprintln!("{failure}");
-                // Nothing is left to be done when this cannot be written either.
-                let _ = output.value(&failure.to_json());
-            }
-            match failure {
-                Failure::Interrupted => ExitCode::from(INTERRUPTED),
-                _ => ExitCode::FAILURE,
-            }
-        }
-    }
+    terminal::finish(run(&cli, output), output)
 }
 
 fn run(cli: &Cli, output: Output) -> Result<(), Failure> {
@@ -119,13 +90,17 @@ fn run(cli: &Cli, output: Output) -> Result<(), Failure> {
             root,
             listen,
             token_file,
-        }) => serve::serve(root, *listen, token_file.as_deref(), &environment, output),
+            public_url,
+        }) => serve::serve(
+            root,
+            *listen,
+            token_file.as_deref(),
+            public_url.as_deref(),
+            &environment,
+            output,
+        ),
         Command::Demo(args) => demo::demo(args, &environment, output),
-        Command::Completions { shell } => {
-            let mut script = Vec::new();
-            clap_complete::generate(*shell, &mut Cli::command(), "skulk-weights", &mut script);
-            output::write(&String::from_utf8_lossy(&script))
-        }
+        Command::Completions { shell } => terminal::completions::<Cli>(*shell, "skulk-weights"),
     }
 }
 

@@ -4,13 +4,13 @@
 
 use std::path::{Path, PathBuf};
 
+use terminal::{Failure, Output};
+
 use crate::catalog::Catalog;
 use crate::cli::Publish;
 use crate::entry::Entry;
 use crate::environment::Environment;
-use crate::failure::Failure;
 use crate::larql;
-use crate::output::Output;
 use crate::plan::{self, Artifact, PublishPlan, Step};
 use crate::{inspect, run};
 

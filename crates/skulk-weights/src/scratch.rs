@@ -7,7 +7,7 @@ use std::ffi::OsStr;
 use std::io::{self, BufRead, Write};
 use std::path::{Component, Path, PathBuf};
 
-use crate::failure::Failure;
+use terminal::Failure;
 
 /// The variable that names the scratch directory.
 pub(crate) const VARIABLE: &str = "SKULK_WEIGHTS_SCRATCH";

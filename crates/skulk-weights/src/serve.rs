@@ -5,17 +5,18 @@
 use std::net::SocketAddr;
 use std::path::Path;
 
+use terminal::{Failure, Output};
 use tokio::net::TcpListener;
 
 use crate::environment::Environment;
-use crate::failure::Failure;
-use crate::output::Output;
 
 /// Serves `root` on `listen`. Clients must show the token in `token_file`; without one, `listen` must be loopback.
+/// Answers name the server as `public_url` says, where a proxy stands before it.
 pub(crate) fn serve(
     root: &Path,
     listen: SocketAddr,
     token_file: Option<&Path>,
+    public_url: Option<&str>,
     environment: &Environment,
     output: Output,
 ) -> Result<(), Failure> {
@@ -24,6 +25,12 @@ pub(crate) fn serve(
         return Err(
             Failure::new(format!("refusing to serve on {listen} without a token"))
                 .hint("name a file with a token by --token-file, or listen on 127.0.0.1"),
+        );
+    }
+    if let Some(url) = public_url.filter(|url| !is_address(url)) {
+        return Err(
+            Failure::new(format!("--public-url {url} is no address of a server"))
+                .hint("write it as https://hub.example.org"),
         );
     }
     let registry = registry::Registry::open(root).map_err(|error| {
@@ -38,19 +45,37 @@ pub(crate) fn serve(
             .map_err(|error| Failure::new(format!("cannot listen on {listen}")).cause(error))?;
         let options = registry::Options {
             token,
+            public_url: public_url.map(str::to_owned),
             ..registry::Options::default()
         };
-        output.value(&serde_json::json!({"url": format!("http://{address}"), "root": root}))?;
+        let url = format!("http://{address}");
+        let public_url = public_url.unwrap_or(&url);
+        output.value(&serde_json::json!({"url": url, "public_url": public_url, "root": root}))?;
         output.text(format_args!(
-            "serving {} at http://{address} (clients: HF_ENDPOINT=http://{address})",
+            "serving {} at {url} (clients: HF_ENDPOINT={public_url})",
             root.display()
         ))?;
         registry::serve(registry, listener, options, told_to_stop())
             .await
             .map_err(|error| {
-                Failure::new(format!("the registry at http://{address} stopped")).cause(error)
+                Failure::new(format!("the registry at {url} stopped")).cause(error)
             })
     })?
+}
+
+/// Whether text is `http://` or `https://`, a host, and nothing that would break an address made from it.
+fn is_address(text: &str) -> bool {
+    let rest = text
+        .strip_prefix("https://")
+        .or_else(|| text.strip_prefix("http://"));
+    rest.is_some_and(|rest| {
+        !rest.is_empty()
+            && !rest.starts_with('/')
+            && rest.chars().all(|c| {
+                c.is_ascii_alphanumeric()
+                    || matches!(c, '.' | '-' | '_' | ':' | '[' | ']' | '/' | '~')
+            })
+    })
 }
 
 fn read_token(path: &Path) -> Result<String, Failure> {

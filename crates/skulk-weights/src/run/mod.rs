@@ -10,14 +10,13 @@ use std::path::{Path, PathBuf};
 
 use hub::{Addition, CommitRequest, Content, Hub, RepoId, Snapshot};
 use serde::Serialize;
+use terminal::{Failure, Output};
 use vindex::{INDEX_FILE, Slice, Vindex, VindexId};
 
 use crate::card::{self, Contents, Facts};
-use crate::failure::Failure;
 use crate::inspect::{self, Inspection};
 use crate::journal::{self, Journal};
 use crate::larql;
-use crate::output::Output;
 use crate::plan::{PublishPlan, Step, VindexStep};
 
 /// Name of the card in a repository.

@@ -8,17 +8,21 @@ use std::io::{self, Write};
 use serde::Serialize;
 use serde_json::ser::{CharEscape, Formatter};
 
-use crate::failure::Failure;
+use crate::Failure;
 
 /// Where results go.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Output {
-    pub(crate) json: bool,
+pub struct Output {
+    /// Whether they are JSON.
+    pub json: bool,
 }
 
 impl Output {
     /// One line, or several, of text. With `--json` nothing: the value is told by [`Output::value`].
-    pub(crate) fn text(self, text: impl std::fmt::Display) -> Result<(), Failure> {
+    ///
+    /// # Errors
+    /// When standard output cannot be written.
+    pub fn text(self, text: impl std::fmt::Display) -> Result<(), Failure> {
         if self.json {
             Ok(())
         } else {
@@ -27,7 +31,10 @@ impl Output {
     }
 
     /// With `--json`, the value on one line; without it nothing.
-    pub(crate) fn value(self, value: &impl Serialize) -> Result<(), Failure> {
+    ///
+    /// # Errors
+    /// When standard output cannot be written.
+    pub fn value(self, value: &impl Serialize) -> Result<(), Failure> {
         if self.json {
             write(&format!("{}\n", json_line(value)))
         } else {
@@ -36,13 +43,19 @@ impl Output {
     }
 
     /// The value on one line, with or without `--json`.
-    pub(crate) fn json_line(self, value: &impl Serialize) -> Result<(), Failure> {
+    ///
+    /// # Errors
+    /// When standard output cannot be written.
+    pub fn json_line(self, value: &impl Serialize) -> Result<(), Failure> {
         write(&format!("{}\n", json_line(value)))
     }
 }
 
 /// Text as it stands, whatever the form of results.
-pub(crate) fn write(text: &str) -> Result<(), Failure> {
+///
+/// # Errors
+/// When standard output cannot be written.
+pub fn write(text: &str) -> Result<(), Failure> {
     let mut out = io::stdout().lock();
     out.write_all(text.as_bytes())
         .and_then(|()| out.flush())
@@ -50,7 +63,7 @@ pub(crate) fn write(text: &str) -> Result<(), Failure> {
 }
 
 /// One line of JSON: `", "` and `": "` between, everything but ASCII escaped.
-pub(crate) fn json_line(value: &impl Serialize) -> String {
+pub fn json_line(value: &impl Serialize) -> String {
     let mut bytes = Vec::new();
     let mut serializer = serde_json::Serializer::with_formatter(&mut bytes, OneLine);
     match value.serialize(&mut serializer) {
