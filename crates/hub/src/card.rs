@@ -1,6 +1,6 @@
 //! A model card: YAML front matter between two `---` lines, then Markdown.
 //!
-//! Invariant: [`split`] loses no byte of the body. Whether the Hub accepts the front matter is
+//! Invariant: the front matter ends at the next line `---`, whatever is in it. Whether the Hub accepts it is
 //! [`crate::Hub::validate_card`]'s question.
 
 use serde_json::Value;
@@ -16,30 +16,12 @@ pub enum CardError {
     NotAMapping,
 }
 
-/// Front matter (without its `---` lines) and body of a card; `None` when it has no front matter.
-#[must_use]
-pub fn split(markdown: &str) -> Option<(&str, &str)> {
-    let text = markdown.strip_prefix('\u{feff}').unwrap_or(markdown);
-    let first_end = text.find('\n')? + 1;
-    if text[..first_end].trim_end() != "---" {
-        return None;
-    }
-    let mut at = first_end;
-    for line in text[first_end..].split_inclusive('\n') {
-        if line.trim_end() == "---" {
-            return Some((&text[first_end..at], &text[at + line.len()..]));
-        }
-        at += line.len();
-    }
-    None
-}
-
 /// The front matter of a card as a JSON object; `None` when it has none.
 ///
 /// # Errors
 /// When the YAML is broken or no mapping.
 pub fn front_matter(markdown: &str) -> Result<Option<Value>, CardError> {
-    let Some((yaml, _)) = split(markdown) else {
+    let Some(yaml) = yaml(markdown) else {
         return Ok(None);
     };
     let value: Value = serde_saphyr::from_str(yaml).map_err(|e| CardError::Yaml(e.to_string()))?;
@@ -50,21 +32,37 @@ pub fn front_matter(markdown: &str) -> Result<Option<Value>, CardError> {
     }
 }
 
+/// The front matter without its `---` lines.
+fn yaml(markdown: &str) -> Option<&str> {
+    let text = markdown.strip_prefix('\u{feff}').unwrap_or(markdown);
+    let (first, text) = text.split_once('\n')?;
+    if first.trim_end() != "---" {
+        return None;
+    }
+    let mut end = 0;
+    for line in text.split_inclusive('\n') {
+        if line.trim_end() == "---" {
+            return Some(&text[..end]);
+        }
+        end += line.len();
+    }
+    None
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn a_card_splits_into_front_matter_and_body() {
+    fn front_matter_is_what_stands_between_the_lines() {
         let card = "---\nlicense: mit\ntags: [a, b]\n---\n# Title\n---\nrest\n";
         assert_eq!(
-            split(card),
-            Some(("license: mit\ntags: [a, b]\n", "# Title\n---\nrest\n"))
+            front_matter(card).unwrap().unwrap(),
+            serde_json::json!({"license": "mit", "tags": ["a", "b"]})
         );
-        let value = front_matter(card).unwrap().unwrap();
-        assert_eq!(value["tags"][1], "b");
-        assert_eq!(split("# only text\n"), None);
-        assert_eq!(split("---\nnever closed\n"), None);
+        for without in ["# only text\n", "---\nnever closed\n", "---"] {
+            assert_eq!(front_matter(without).unwrap(), None, "{without}");
+        }
         assert!(front_matter("---\n- a\n---\n").is_err());
         assert!(front_matter("---\na: [\n---\n").is_err());
     }

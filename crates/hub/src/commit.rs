@@ -225,10 +225,15 @@ impl Hub {
                 Err(error) => error,
             };
             match &error {
-                Error::Http { .. } | Error::Protocol { .. } => is_lost = true,
-                Error::Refused { answer, .. } if answer.status >= 500 => is_lost = true,
+                Error::Http { .. } | Error::Protocol { .. } => {}
+                Error::Refused { answer, .. } if answer.status >= 500 => {}
                 Error::Conflict { .. } if is_lost => {}
                 _ => return Err(error),
+            }
+            if !is_lost {
+                // The Hub may have worked on the commit for longer than our patience before it failed.
+                is_lost = true;
+                patience.renew();
             }
             // The answer is lost: the head tells whether the commit is.
             let Ok(info) = self.model_info(repo, Some("main")).await else {

@@ -232,6 +232,10 @@ impl Part {
                 });
             }
         }
+        if !is_at(&file, &path) {
+            // Another process has just finished: what we opened is the target now.
+            return Err(Error::Busy { path });
+        }
         let fresh = State {
             content: content.key(),
             size_bytes,
@@ -305,8 +309,8 @@ impl Part {
         flushed.map_err(Error::io("flush", &self.path))
     }
 
+    /// The lock is held until nothing is left to take up.
     fn finish(self, target: &Path) -> Result<(), Error> {
-        drop(self.shared);
         fs::rename(&self.path, target).map_err(Error::io("rename into place", target))?;
         remove_if_there(&self.state_path)?;
         // Best effort: not every system can flush a directory.
@@ -323,7 +327,6 @@ impl Part {
     }
 
     fn discard(self) -> Result<(), Error> {
-        drop(self.shared);
         remove_if_there(&self.state_path)?;
         remove_if_there(&self.path)
     }
@@ -350,6 +353,22 @@ impl State {
             }
             touches
         });
+    }
+}
+
+/// Whether `path` still names the open `file`. Where the system has no file numbers: whether it names one.
+fn is_at(file: &File, path: &Path) -> bool {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::MetadataExt;
+        let id = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
+        let (ours, there) = (file.metadata().map(id), fs::metadata(path).map(id));
+        ours.is_ok_and(|ours| there.is_ok_and(|there| ours == there))
+    }
+    #[cfg(not(unix))]
+    {
+        let _ = file;
+        path.exists()
     }
 }
 
@@ -419,6 +438,21 @@ mod tests {
             [(5, 5), (6, 7)],
         ] {
             assert!(!state(&done).is_sound(), "{done:?}");
+        }
+    }
+
+    #[test]
+    fn a_file_that_was_renamed_is_no_longer_at_its_path() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, target) = (dir.path().join("f.incomplete"), dir.path().join("f"));
+        let file = File::create(&path).unwrap();
+        assert!(is_at(&file, &path));
+        fs::rename(&path, &target).unwrap();
+        assert!(!is_at(&file, &path) && is_at(&file, &target));
+        #[cfg(unix)]
+        {
+            File::create(&path).unwrap();
+            assert!(!is_at(&file, &path));
         }
     }
 

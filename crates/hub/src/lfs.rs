@@ -10,7 +10,7 @@ use std::ops::Range;
 use std::path::PathBuf;
 use std::pin::pin;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -350,18 +350,16 @@ impl Sending<'_> {
         let mut n_reported = 0;
         loop {
             patience.attempt();
+            let begun = Instant::now();
             let passing = Arc::new(Passing {
-                hasher: Mutex::new(self.hasher.clone()),
+                latest: Mutex::new((self.hasher.clone(), begun)),
                 n_bytes: AtomicU64::new(0),
             });
             let result = self.attempt(&ask, &range, &passing, &mut n_reported).await;
             let n_bytes = passing.n_bytes.load(Ordering::Relaxed);
             self.n_sent += n_bytes;
-            let hasher = passing
-                .hasher
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .clone();
+            let (hasher, moved_at) = passing.lock().clone();
+            patience.forgive(moved_at - begun);
             self.check(&range, n_bytes, &hasher).await?;
             match result {
                 Ok(response) => {
@@ -450,18 +448,22 @@ impl Sending<'_> {
 
 /// What the body of one attempt has taken so far.
 struct Passing {
-    hasher: Mutex<Sha256>,
+    /// The hash of all bytes so far, and when the last of them went.
+    latest: Mutex<(Sha256, Instant)>,
     n_bytes: AtomicU64,
 }
 
 impl Passing {
     fn pass(&self, bytes: &Bytes) {
-        self.hasher
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .update(bytes);
+        let mut latest = self.lock();
+        latest.0.update(bytes);
+        latest.1 = Instant::now();
         self.n_bytes
             .fetch_add(bytes.len() as u64, Ordering::Relaxed);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, (Sha256, Instant)> {
+        self.latest.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

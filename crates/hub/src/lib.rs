@@ -38,7 +38,7 @@ pub use commit::{Addition, CommitReport, CommitRequest, Content, Upload};
 pub use download::{Download, Downloaded};
 pub use error::{Answer, Error};
 pub use id::{Commit, RepoId};
-pub use repo::{Created, Gate, ModelInfo, Org, Right, Role, WhoAmI};
+pub use repo::{Created, ModelInfo, Org, Right, Role, WhoAmI};
 pub use settings::Settings;
 pub use snapshot::{File, Snapshot};
 pub use token::Token;

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::retry::Patience;
 use crate::wire::{About, parse};
-use crate::{Commit, Error, Hub, RepoId};
+use crate::{Answer, Commit, Error, Hub, RepoId};
 
 /// Bound on the answers of this module.
 const ANSWER_BYTES_MAX: usize = 32 << 20;
@@ -52,14 +52,14 @@ pub enum Right {
 pub struct WhoAmI {
     /// User name.
     pub name: String,
-    /// The name that the token was given.
-    pub token_name: Option<String>,
     /// What the token may do; `None` when the Hub does not say.
     pub role: Option<Role>,
     /// Organisations of the user.
     pub orgs: Vec<Org>,
     /// Owners and repositories that a fine-grained token may write to.
     pub writable: Vec<String>,
+    /// It may write to repositories of every owner.
+    pub writes_everywhere: bool,
 }
 
 impl WhoAmI {
@@ -68,6 +68,7 @@ impl WhoAmI {
     pub fn can_write(&self, owner: &str) -> Right {
         match &self.role {
             Some(Role::Read) => Right::No,
+            _ if self.writes_everywhere => Right::Yes,
             Some(Role::FineGrained) if self.writable.iter().any(|name| name == owner) => Right::Yes,
             Some(Role::FineGrained) if self.writable.is_empty() => Right::No,
             Some(Role::Write) if self.name == owner => Right::Yes,
@@ -84,36 +85,15 @@ impl WhoAmI {
     }
 }
 
-/// How a repository is gated.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Gate {
-    /// Not at all.
-    Open,
-    /// Accept the terms and read on.
-    Automatic,
-    /// Accept the terms and wait for the owner.
-    Manual,
-}
-
 /// A repository at one commit.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelInfo {
-    /// Its name, as the Hub writes it.
-    pub id: String,
     /// The commit that the revision stands for; `None` for an empty repository of some Hubs.
     pub sha: Option<Commit>,
-    /// Visible to its owners only.
-    pub private: bool,
-    /// Whether reading needs consent.
-    pub gated: Gate,
-    /// Tags, those derived from the card included.
-    pub tags: Vec<String>,
+    /// Whether reading the files needs consent.
+    pub is_gated: bool,
     /// Front matter of the card; `Null` when it has none.
     pub card_data: Value,
-    /// `library_name`, as the Hub understands it.
-    pub library: Option<String>,
-    /// Paths of all files.
-    pub siblings: Vec<String>,
 }
 
 /// What [`Hub::create_repo`] did.
@@ -153,7 +133,6 @@ impl Hub {
         #[derive(Deserialize)]
         #[serde(rename_all = "camelCase")]
         struct AccessToken {
-            display_name: Option<String>,
             role: Option<String>,
             #[serde(default)]
             fine_grained: Value,
@@ -167,7 +146,6 @@ impl Hub {
         let token = wire.auth.and_then(|auth| auth.access_token);
         Ok(WhoAmI {
             name: wire.name,
-            token_name: token.as_ref().and_then(|t| t.display_name.clone()),
             role: token
                 .as_ref()
                 .and_then(|t| t.role.as_deref())
@@ -185,7 +163,11 @@ impl Hub {
                     role: org.role_in_org,
                 })
                 .collect(),
-            writable: token.map(|t| writable(&t.fine_grained)).unwrap_or_default(),
+            writable: token
+                .as_ref()
+                .map(|t| writable(&t.fine_grained))
+                .unwrap_or_default(),
+            writes_everywhere: token.is_some_and(|t| may_write(&t.fine_grained, "global")),
         })
     }
 
@@ -201,24 +183,11 @@ impl Hub {
         #[derive(Deserialize)]
         #[serde(rename_all = "camelCase")]
         struct Wire {
-            id: String,
             sha: Option<String>,
-            #[serde(default)]
-            private: bool,
             #[serde(default)]
             gated: Value,
             #[serde(default)]
-            tags: Vec<String>,
-            #[serde(default)]
             card_data: Value,
-            #[serde(rename = "library_name")]
-            library: Option<String>,
-            #[serde(default)]
-            siblings: Vec<Sibling>,
-        }
-        #[derive(Deserialize)]
-        struct Sibling {
-            rfilename: String,
         }
         let url = match revision {
             Some(revision) => self.wire.model_url(repo, &["revision", revision]),
@@ -246,34 +215,41 @@ impl Hub {
             })?),
         };
         Ok(ModelInfo {
-            id: wire.id,
             sha,
-            private: wire.private,
-            gated: match &wire.gated {
-                Value::String(text) if text == "manual" => Gate::Manual,
-                Value::String(_) | Value::Bool(true) => Gate::Automatic,
-                _ => Gate::Open,
-            },
-            tags: wire.tags,
+            is_gated: matches!(wire.gated, Value::String(_) | Value::Bool(true)),
             card_data: wire.card_data,
-            library: wire.library,
-            siblings: wire.siblings.into_iter().map(|s| s.rfilename).collect(),
         })
     }
 
     /// The commit that `revision` stands for now; a full commit stands for itself if it exists.
     ///
     /// # Errors
-    /// As [`Hub::model_info`]; [`Error::Protocol`] when the Hub names no commit, or another than asked for.
+    /// As [`Hub::model_info`], [`Error::Gated`] also when the Hub hides the commit for that reason;
+    /// [`Error::Protocol`] when it names no commit, or another than asked for.
     pub async fn resolve(&self, repo: &RepoId, revision: Option<&str>) -> Result<Commit, Error> {
         let wrong = |detail: String| Error::Protocol {
             what: format!("resolve a revision of {repo}"),
             detail,
         };
         let info = self.model_info(repo, revision).await?;
-        let sha = info
-            .sha
-            .ok_or_else(|| wrong("it names no commit (an empty repository?)".to_owned()))?;
+        let Some(sha) = info.sha else {
+            if info.is_gated {
+                let answer = Box::new(Answer {
+                    status: 200,
+                    url: self.wire.model_url(repo, &[]).into(),
+                    message: Some("its commit is not told".to_owned()),
+                    request_id: None,
+                });
+                return Err(Error::Gated {
+                    repo: repo.clone(),
+                    page: self.page(repo),
+                    answer,
+                });
+            }
+            return Err(wrong(
+                "it names no commit (an empty repository?)".to_owned(),
+            ));
+        };
         match revision.map(str::parse::<Commit>) {
             Some(Ok(asked)) if asked != sha => Err(wrong(format!("asked for {asked}, got {sha}"))),
             _ => Ok(sha),
@@ -377,16 +353,7 @@ fn writable(fine_grained: &Value) -> Vec<String> {
         .into_iter()
         .flatten();
     scopes
-        .filter(|scope| {
-            let permissions = scope
-                .get("permissions")
-                .and_then(Value::as_array)
-                .into_iter()
-                .flatten();
-            permissions
-                .filter_map(Value::as_str)
-                .any(|p| p == "repo.write")
-        })
+        .filter(|scope| may_write(scope, "permissions"))
         .filter_map(|scope| {
             scope
                 .get("entity")?
@@ -395,4 +362,47 @@ fn writable(fine_grained: &Value) -> Vec<String> {
                 .map(str::to_owned)
         })
         .collect()
+}
+
+/// Whether the list of permissions at `key` has the one to write repositories.
+fn may_write(scope: &Value, key: &str) -> bool {
+    let permissions = scope.get(key).and_then(Value::as_array);
+    permissions.is_some_and(|list| list.iter().any(|permission| permission == "repo.write"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Right::{No, Unknown, Yes};
+    use super::*;
+
+    #[test]
+    fn a_token_may_write_where_its_role_reaches() {
+        let org = |name: &str, role: &str| Org {
+            name: name.to_owned(),
+            role: Some(role.to_owned()),
+        };
+        let rights = |role, fine_grained: Value| {
+            let me = WhoAmI {
+                name: "ann".to_owned(),
+                role: Some(role),
+                orgs: vec![org("lab", "write"), org("library", "read")],
+                writable: writable(&fine_grained),
+                writes_everywhere: may_write(&fine_grained, "global"),
+            };
+            ["ann", "lab", "library", "other"].map(|owner| me.can_write(owner))
+        };
+        let lab = json!({"scoped": [
+            {"entity": {"name": "lab"}, "permissions": ["repo.content.read", "repo.write"]},
+            {"entity": {"name": "library"}, "permissions": ["repo.content.read"]},
+        ]});
+        let everywhere = json!({"global": ["repo.write"], "scoped": []});
+        assert_eq!(rights(Role::Write, Value::Null), [Yes, Yes, No, No]);
+        assert_eq!(rights(Role::Write, everywhere.clone()), [Yes; 4]);
+        assert_eq!(rights(Role::Read, everywhere), [No; 4]);
+        assert_eq!(
+            rights(Role::FineGrained, lab),
+            [Unknown, Yes, Unknown, Unknown]
+        );
+        assert_eq!(rights(Role::FineGrained, Value::Null), [No; 4]);
+    }
 }

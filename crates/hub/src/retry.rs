@@ -1,7 +1,7 @@
 //! When to try again, and when to stop.
 //!
 //! Invariant: a request that makes no progress ends within `give_up_after` plus one attempt, whatever the
-//! Hub answers. Only what passes by itself is tried again: 408, 429, 5xx, cut or refused connections.
+//! Hub answers; only the time in which an upload moved is not counted. Only what passes by itself is tried again: 408, 429, 5xx, cut or refused connections.
 
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::time::{Duration, Instant};
@@ -47,6 +47,11 @@ impl Patience {
     pub(crate) fn renew(&mut self) {
         self.since = Instant::now();
         self.n_attempts = 0;
+    }
+
+    /// Does not count a time in which bytes moved, even if they have to be sent again.
+    pub(crate) fn forgive(&mut self, moving: Duration) {
+        self.since += moving;
     }
 
     /// How long to wait before the next attempt; `None` to give up. `asked` is the Hub's own wish and is

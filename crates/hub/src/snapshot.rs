@@ -28,7 +28,7 @@ const HEAD_BYTES: u64 = 128 << 10;
 /// One file of a snapshot.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct File {
-    /// Path in the repository, `/` between its parts; never absolute, no `..`.
+    /// Path in the repository, `/` between its parts; stays inside a directory that it is joined to.
     pub path: String,
     /// Length.
     pub size_bytes: u64,
@@ -287,7 +287,7 @@ async fn list(wire: &Wire, repo: &RepoId, commit: &Commit) -> Result<Vec<File>, 
             if entry.kind != "file" {
                 continue;
             }
-            if !is_plain(&entry.path) {
+            if !stays_inside(&entry.path) {
                 return Err(wrong(format!(
                     "{:?} is no path inside a repository",
                     entry.path
@@ -334,9 +334,20 @@ async fn list(wire: &Wire, repo: &RepoId, commit: &Commit) -> Result<Vec<File>, 
 
 /// Whether a path stays inside the directory that it is joined to, on every system.
 pub(crate) fn is_plain(path: &str) -> bool {
-    !path.is_empty()
-        && !path.contains(['\\', ':', '\0'])
+    !path.contains(['\\', ':'])
+        && !path.contains(char::is_control)
         && path.split('/').all(|part| !matches!(part, "" | "." | ".."))
+}
+
+/// Whether a path stays inside the directory that it is joined to, on this system: others may have named a
+/// file `a:b`, and the rest of their repository can be read all the same.
+fn stays_inside(path: &str) -> bool {
+    let path = if cfg!(windows) {
+        path.to_owned()
+    } else {
+        path.replace(['\\', ':'], "_")
+    };
+    is_plain(&path)
 }
 
 #[cfg(test)]
@@ -349,9 +360,11 @@ mod tests {
             assert!(is_plain(good), "{good}");
         }
         for bad in [
-            "", "/a", "a//b", "../a", "a/..", "./a", "a\\b", "c:/x", "a\0",
+            "", "/a", "a//b", "../a", "a/..", "./a", "a\\b", "c:/x", "a\0", "a\n",
         ] {
             assert!(!is_plain(bad), "{bad:?}");
+            let is_odd_name = cfg!(not(windows)) && bad.contains(['\\', ':']);
+            assert_eq!(stays_inside(bad), is_odd_name, "{bad:?}");
         }
     }
 }

@@ -430,12 +430,15 @@ impl Wire {
                 .map(str::to_owned)
         };
         let mut body = Vec::new();
-        while let Ok(Some(chunk)) = self.chunk(&mut response).await {
-            if body.len() + chunk.len() > REFUSAL_BYTES_MAX {
-                break;
+        let read = async {
+            while let Ok(Some(chunk)) = response.chunk().await
+                && body.len() + chunk.len() <= REFUSAL_BYTES_MAX
+            {
+                body.extend_from_slice(&chunk);
             }
-            body.extend_from_slice(&chunk);
-        }
+        };
+        // What did not come in time is not needed.
+        let _ = timeout(self.settings.download_timeout, read).await;
         let answer = Box::new(Answer {
             status: status.as_u16(),
             url: bare(response.url()),

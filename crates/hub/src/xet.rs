@@ -6,6 +6,7 @@
 use std::time::{Duration, Instant};
 
 use serde::Deserialize;
+use tokio::time::timeout;
 use xet::error::XetError;
 use xet::xet_session::{Sha256Policy, XetSessionBuilder};
 
@@ -45,6 +46,11 @@ pub(crate) async fn upload(
     let ask = wire.get(format!("ask {repo} for a Xet token"), url.clone(), about);
     let grant: Grant = wire.json(&ask, ANSWER_BYTES_MAX).await?;
 
+    let wait = wire.settings().write_timeout;
+    let silent = || Error::Xet {
+        what: what.clone(),
+        source: too_slow("no progress", wait),
+    };
     let session = XetSessionBuilder::new()
         .with_cache_dir(wire.settings().home.join("xet"))
         .build()
@@ -55,24 +61,27 @@ pub(crate) async fn upload(
         .with_endpoint(grant.cas_url)
         .with_token_info(grant.access_token, grant.exp)
         .with_token_refresh_url(url.to_string(), wire.auth_headers())
-        .build()
-        .await
-        .map_err(failed)?;
+        .build();
+    let commit = timeout(wait, commit).await.map_err(|_| silent())?;
+    let commit = commit.map_err(failed)?;
     let mut tasks = Vec::new();
     for object in objects {
-        let task = match object.content {
-            Content::File(path) => {
-                commit
-                    .upload_from_path(path.clone(), Sha256Policy::Compute)
-                    .await
-            }
-            Content::Bytes(bytes) => {
-                let name = Some(object.path.to_owned());
-                commit
-                    .upload_bytes(bytes.clone(), Sha256Policy::Compute, name)
-                    .await
+        let task = async {
+            match object.content {
+                Content::File(path) => {
+                    commit
+                        .upload_from_path(path.clone(), Sha256Policy::Compute)
+                        .await
+                }
+                Content::Bytes(bytes) => {
+                    let name = Some(object.path.to_owned());
+                    commit
+                        .upload_bytes(bytes.clone(), Sha256Policy::Compute, name)
+                        .await
+                }
             }
         };
+        let task = timeout(wait, task).await.map_err(|_| silent())?;
         tasks.push((*object, task.map_err(failed)?.task_id()));
     }
     let mut finish = std::pin::pin!(commit.commit());
@@ -87,12 +96,8 @@ pub(crate) async fn upload(
             progress(Upload::Bytes(n_bytes - n_seen));
             (n_seen, quiet_since) = (n_bytes, Instant::now());
         }
-        let wait = wire.settings().write_timeout;
         if quiet_since.elapsed() > wait {
-            return Err(Error::Xet {
-                what,
-                source: too_slow("no progress", wait),
-            });
+            return Err(silent());
         }
     };
     let total: u64 = objects.iter().map(|object| object.size_bytes).sum();

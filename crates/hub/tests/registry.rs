@@ -9,12 +9,13 @@ use hub::{
 use registry::{Options, Running};
 
 const TOKEN: &str = "hf_registry_token";
+/// A name that means something else unless each part of it is encoded.
+const ODD: &str = "d #1?/50% ä+b&c=%2F;~.txt";
 
 fn registry(root: &Path) -> Running {
     let options = Options {
         token: Some(TOKEN.to_owned()),
         user: "ann".to_owned(),
-        orgs: vec!["lab".to_owned()],
         multipart_threshold_bytes: 2 << 20,
         part_bytes: 1 << 20,
         ..Options::default()
@@ -84,6 +85,7 @@ async fn a_repository_is_made_filled_filed_and_read_back() {
         Content::Bytes(card.into()),
         card.len(),
     ));
+    additions.push(addition(ODD, Content::Bytes(b"odd".to_vec()), 3));
     additions.push(addition("d/index.json", Content::Bytes(b"{}".to_vec()), 2));
     let mut request = CommitRequest {
         summary: "Publish".to_owned(),
@@ -91,7 +93,7 @@ async fn a_repository_is_made_filled_filed_and_read_back() {
         deletions: Vec::new(),
     };
     let report = hub.commit(&repo, &request, &|_| ()).await.unwrap();
-    assert_eq!(report.uploaded.len(), 4);
+    assert_eq!(report.uploaded.len(), 5);
     let commit = report.commit.clone().unwrap();
 
     let info = hub.model_info(&repo, None).await.unwrap();
@@ -103,19 +105,20 @@ async fn a_repository_is_made_filled_filed_and_read_back() {
     let again = hub.commit(&repo, &request, &|_| ()).await.unwrap();
     assert_eq!(
         (again.commit, again.uploaded.len(), again.skipped.len()),
-        (None, 0, 4)
+        (None, 0, 5)
     );
     assert_eq!(running.stats().sum("PUT ").received_bytes, sent);
     request
         .deletions
         .push(request.additions.pop().unwrap().path);
     let second = hub.commit(&repo, &request, &|_| ()).await.unwrap();
-    assert_eq!((second.deleted.len(), second.skipped.len()), (1, 3));
+    assert_eq!((second.deleted.len(), second.skipped.len()), (1, 4));
     assert_ne!(second.commit.unwrap(), commit);
 
     // The first commit is still what it was.
     let snapshot = hub.snapshot(&repo, Some(commit.as_str())).await.unwrap();
     assert_eq!(snapshot.read_file("d/index.json", 100).await.unwrap(), "{}");
+    assert_eq!(snapshot.read_file(ODD, 100).await.unwrap(), "odd");
     assert_eq!(
         snapshot
             .read_range("parts.gguf", 1_000_000..2_100_000)

@@ -136,7 +136,8 @@ pub(crate) fn check_ref_name(text: &str) -> Result<(), Error> {
             && !part.ends_with('.')
             && !part.ends_with(".lock")
     };
-    let fine = text.len() <= 200
+    // As the name of a file, each '/' takes three bytes.
+    let fine = text.len() + 2 * text.matches('/').count() <= 250
         && text
             .chars()
             .all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.' | '/' | '+'))
@@ -149,7 +150,7 @@ pub(crate) fn check_ref_name(text: &str) -> Result<(), Error> {
     }
     Err(Error::invalid(
         "branch or tag name",
-        "must be letters, digits, '-', '_', '.', '+' or '/', at most 200, no empty part, no '..', not a commit id",
+        "must be letters, digits, '-', '_', '.', '+' or '/', at most 250, no empty part, no '..', not a commit id",
     ))
 }
 
@@ -268,6 +269,7 @@ mod tests {
             "a b",
             "0123456789012345678901234567890123456789",
             "a%2f",
+            &["a"; 90].join("/"),
         ] {
             assert!(check_ref_name(bad).is_err(), "{bad}");
         }

@@ -285,6 +285,29 @@ async fn a_path_that_leaves_the_directory_is_refused() {
     );
 }
 
+#[cfg(unix)]
+#[tokio::test]
+async fn a_name_that_another_system_would_not_take_hides_no_other_file() {
+    let server = Server::with(&[("runs/12:30\\x", b"odd"), ("a.txt", b"a")]).await;
+    let snapshot = server.client().snapshot(&repo(), None).await.unwrap();
+    assert_eq!(snapshot.read_file("a.txt", 9).await.unwrap(), "a");
+}
+
+#[tokio::test]
+async fn a_gated_repository_that_hides_its_commit_is_called_gated() {
+    let server = Server::with(&[]).await;
+    server.hook(|_, _| {
+        let info = serde_json::json!({"id": "ann/model", "gated": "manual"});
+        Some(Response::new(Body::from(info.to_string())))
+    });
+    let error = server.client().snapshot(&repo(), None).await.unwrap_err();
+    assert_eq!(
+        error.to_string().replace(&server.url, "URL"),
+        "ann/model is gated (HTTP 200 from URL/api/models/ann/model: its commit is not told); accept its terms at \
+         URL/ann/model and use a token of that account"
+    );
+}
+
 #[tokio::test]
 async fn the_token_stays_with_the_endpoint() {
     let content = bytes(5000);

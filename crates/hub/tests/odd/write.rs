@@ -1,8 +1,12 @@
 //! Writing to a Hub that misbehaves.
 
+use std::time::Duration;
+
 use axum::body::Body;
 use axum::http::Response;
 use hub::{Addition, Commit, CommitReport, CommitRequest, Content, Error, RepoId};
+use serde_json::json;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::hub_server::{Server, cut, refuse, sha256};
 
@@ -154,6 +158,70 @@ async fn a_large_object_goes_in_parts_when_the_hub_wants_it_so() {
             && String::from_utf8_lossy(&complete.body)
                 .contains(r#"{"partNumber":4,"etag":"\"e4\""}"#)
     );
+}
+
+#[tokio::test]
+async fn an_upload_that_was_cut_after_more_than_our_patience_is_sent_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::with(&[]).await;
+    let large = bytes(24_000_000);
+    let slow = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let slow_url = format!("http://{}", slow.local_addr().unwrap());
+    let mut first = true;
+    server.hook(move |seen, shelf| {
+        let is_first = seen.path.ends_with("/batch") && std::mem::take(&mut first);
+        is_first.then(|| {
+            shelf.lfs.insert(sha256(&bytes(24_000_000)), Vec::new());
+            let object: serde_json::Value = serde_json::from_slice(&seen.body).unwrap();
+            let mut object = object["objects"][0].clone();
+            object["actions"] = json!({"upload": {"href": format!("{slow_url}/x")}});
+            Response::new(Body::from(json!({"objects": [object]}).to_string()))
+        })
+    });
+    let received = tokio::spawn(async move {
+        // The first connection takes its time, longer than `give_up_after`, and is cut; the second is taken whole.
+        let (mut stream, _) = slow.accept().await.unwrap();
+        let mut buf = vec![0; 200_000];
+        for _ in 0..30 {
+            stream.read_exact(&mut buf).await.unwrap();
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        drop(stream);
+        let (mut stream, _) = slow.accept().await.unwrap();
+        let mut all = Vec::new();
+        let body_start = |all: &[u8]| Some(all.windows(4).position(|w| w == b"\r\n\r\n")? + 4);
+        while body_start(&all[..all.len().min(4096)])
+            .is_none_or(|start| all.len() < start + 24_000_000)
+        {
+            assert!(stream.read_buf(&mut all).await.unwrap() > 0);
+        }
+        let answer = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n";
+        stream.write_all(answer).await.unwrap();
+        all[body_start(&all).unwrap()..].to_vec()
+    });
+    let report = commit(&server, &request(vec![file(dir.path(), "w.bin", &large)])).await;
+    assert_eq!(report.unwrap().commit, number(2));
+    assert!(received.await.unwrap() == large);
+}
+
+#[tokio::test]
+async fn a_commit_over_which_the_hub_broods_before_it_fails_is_sent_again() {
+    let server = Server::with(&[]).await;
+    let mut first = true;
+    server.hook(move |seen, _| {
+        let fails = seen.path.contains("/commit/") && std::mem::take(&mut first);
+        fails.then(|| {
+            let brooding = futures::stream::once(async {
+                tokio::time::sleep(Duration::from_millis(600)).await;
+                Ok::<_, std::io::Error>("{}")
+            });
+            let mut response = refuse(504, &[]);
+            *response.body_mut() = Body::from_stream(brooding);
+            response
+        })
+    });
+    let report = commit(&server, &request(vec![addition("a.txt", b"a")])).await;
+    assert_eq!(report.unwrap().commit, number(2));
 }
 
 #[tokio::test]

@@ -29,7 +29,7 @@ const PATHS_MAX: usize = 20_000;
 type RepoPath = Path<(String, String, String)>;
 type RevisionPath = Path<(String, String, String, String)>;
 
-/// `GET /api/whoami-v2`
+/// `GET /api/whoami-v2`: who has the token owns everything, and may make repositories of owners that are not there yet.
 pub(crate) async fn whoami(
     State(app): State<Arc<App>>,
     caller: Caller,
@@ -47,12 +47,16 @@ pub(crate) async fn whoami(
         "fullname": app.options.user,
         "isPro": false,
         "orgs": orgs,
-        "auth": {"type": "access_token", "accessToken": {"displayName": "registry", "role": "write"}},
+        "auth": {"type": "access_token", "accessToken": {
+            "displayName": "registry",
+            "role": "write",
+            "fineGrained": {"global": ["repo.write"], "scoped": []},
+        }},
     })))
 }
 
 fn all_owners(app: &App) -> Result<BTreeSet<String>, Refusal> {
-    let mut owners: BTreeSet<String> = app.options.orgs.iter().cloned().collect();
+    let mut owners = BTreeSet::new();
     for kind in Kind::ALL {
         owners.extend(repos::owners(&app.registry.disk, kind)?);
     }

@@ -20,7 +20,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::extract::{FromRequestParts, Request, State};
-use axum::http::header::{AUTHORIZATION, HOST};
+use axum::http::header::{AUTHORIZATION, HOST, ORIGIN};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use axum::middleware::{self, Next};
@@ -43,9 +43,8 @@ pub struct Options {
     pub token: Option<String>,
     /// The name `whoami` answers, and the owner of repositories created without one.
     pub user: String,
-    /// Organisations `whoami` names, besides every owner that has a repository.
-    pub orgs: Vec<String>,
-    /// Where clients reach the server, such as `https://hub.example.org`; else taken from each request's `Host`.
+    /// Where clients reach the server, such as `https://hub.example.org` behind a proxy that speaks TLS; else
+    /// `http://` and each request's `Host`.
     pub public_url: Option<String>,
     /// LFS objects larger than this, in bytes, are uploaded in parts where the client can.
     pub multipart_threshold_bytes: u64,
@@ -55,8 +54,6 @@ pub struct Options {
     pub inline_bytes_max: u64,
     /// How long a request may go without a byte in either direction.
     pub idle_timeout: Duration,
-    /// How long upload addresses are good for.
-    pub href_lifetime: Duration,
 }
 
 impl Default for Options {
@@ -64,13 +61,11 @@ impl Default for Options {
         Options {
             token: None,
             user: "local".to_owned(),
-            orgs: Vec::new(),
             public_url: None,
             multipart_threshold_bytes: 64 << 20,
             part_bytes: 64 << 20,
             inline_bytes_max: 32 << 20,
             idle_timeout: Duration::from_secs(60),
-            href_lifetime: Duration::from_secs(24 * 3600),
         }
     }
 }
@@ -183,7 +178,8 @@ impl FromRequestParts<Arc<App>> for Caller {
 
 fn is_owner(app: &App, headers: &HeaderMap) -> Result<bool, Refusal> {
     let Some(token) = &app.options.token else {
-        return Ok(true);
+        // Everyone on this machine may write, but no page that a browser on it shows.
+        return Ok(!headers.contains_key(ORIGIN));
     };
     let Some(value) = headers.get(AUTHORIZATION) else {
         return Ok(false);

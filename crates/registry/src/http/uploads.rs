@@ -29,6 +29,8 @@ use crate::{Error, blobs, clock};
 const PARTS_MAX: u64 = 10_000;
 const OBJECTS_MAX: usize = 1_000;
 const UPLOADS_MAX: usize = 10_000;
+/// How long upload addresses are good for, in seconds.
+const HREF_LIFETIME_S: u64 = 24 * 3600;
 
 /// The multipart uploads that are under way, by their id.
 #[derive(Default)]
@@ -154,7 +156,7 @@ fn offer(
         Some(_) => return Ok(error("the object is stored with another size")),
         None => {}
     }
-    let until = clock::seconds() + app.options.href_lifetime.as_secs();
+    let until = clock::seconds() + HREF_LIFETIME_S;
     let object_url = format!("{base_url}/-/lfs/{oid}");
     let upload = if may_split && *size > app.options.multipart_threshold_bytes {
         let part_bytes = app.options.part_bytes.max(size.div_ceil(PARTS_MAX)).max(1);

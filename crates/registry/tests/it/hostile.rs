@@ -24,6 +24,34 @@ async fn raw(hub: &Hub, request: &str) -> String {
 }
 
 #[tokio::test]
+async fn a_page_in_a_browser_may_not_write() {
+    let hub = Hub::with_repo(Options::default()).await;
+    let create = |origin: &str| {
+        hub.request(Method::POST, "/api/repos/create")
+            .header("origin", origin)
+            .header("content-type", "text/plain")
+            .body(r#"{"name": "planted"}"#)
+    };
+    for origin in ["https://evil.example", "null", hub.running.url()] {
+        assert_eq!(send(create(origin)).await.status, 401, "{origin}");
+    }
+}
+
+#[tokio::test]
+async fn addresses_in_answers_are_those_that_clients_use() {
+    let hub = Hub::with_repo(Options {
+        public_url: Some("https://hub.example.org/x/".to_owned()),
+        ..Options::default()
+    })
+    .await;
+    let actions = hub.batch(b"weights", &["basic"]).await["actions"].clone();
+    for action in ["upload", "verify"] {
+        let href = actions[action]["href"].as_str().unwrap();
+        assert!(href.starts_with("https://hub.example.org/x/"), "{href}");
+    }
+}
+
+#[tokio::test]
 async fn no_path_leads_out() {
     let hub = Hub::with_repo(Options::default()).await;
     std::fs::write(hub.dir.path().join("outside.txt"), "secret").unwrap();

@@ -65,7 +65,12 @@ async fn repositories_are_made_moved_and_deleted() {
         .json(&json!({"name": "other", "organization": "you"}));
     assert_eq!(send(delete.try_clone().unwrap()).await.status, 200);
     assert_eq!(send(delete).await.status, 404);
-    let orgs = hub.get("/api/whoami-v2").await.json()["orgs"].clone();
+    let me = hub.get("/api/whoami-v2").await.json();
+    assert_eq!(
+        me["auth"]["accessToken"]["fineGrained"]["global"],
+        json!(["repo.write"])
+    );
+    let orgs = me["orgs"].clone();
     assert_eq!(
         orgs.as_array()
             .unwrap()
