@@ -34,7 +34,7 @@ fn the_diagram_is_what_cargo_builds() {
 fn async_and_http_stay_at_the_edge() {
     for (name, manifest) in members() {
         if name == "quant" || name == "vindex" {
-            let forbidden = ["tokio", "reqwest", "axum", "hyper", "futures", "hf-hub"];
+            let forbidden = ["tokio", "reqwest", "axum", "hyper", "futures", "hf-xet"];
             let found: Vec<_> = dependencies(&manifest)
                 .into_iter()
                 .filter(|d| forbidden.contains(&d.as_str()))

@@ -313,3 +313,25 @@ async fn space(plan: &PublishPlan, environment: &Environment) -> Check {
 fn gigabytes(n_bytes: u64) -> String {
     format!("{:.1} GB", n_bytes as f64 / 1e9)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_token_without_the_right_is_a_failure_that_names_the_owner() {
+        let me = hub::WhoAmI {
+            name: "ann".to_owned(),
+            role: Some(hub::Role::Write),
+            orgs: Vec::new(),
+            writable: Vec::new(),
+            writes_everywhere: false,
+        };
+        let check = rights(&me, Some("acme"));
+        assert!(!check.ok);
+        assert_eq!(
+            check.message,
+            "token of ann may not write to acme (use one with write access there)"
+        );
+    }
+}

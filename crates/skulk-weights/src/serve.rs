@@ -57,9 +57,7 @@ pub(crate) fn serve(
         ))?;
         registry::serve(registry, listener, options, told_to_stop())
             .await
-            .map_err(|error| {
-                Failure::new(format!("the registry at {url} stopped")).cause(error)
-            })
+            .map_err(|error| Failure::new(format!("the registry at {url} stopped")).cause(error))
     })?
 }
 
