@@ -18,6 +18,8 @@ const JSON_BYTES_MAX: u64 = 4 << 20;
 const LAYERS_MAX: u32 = 10_000;
 const EXPERTS_MAX: u32 = 65_536;
 const HEAD_DIM_MAX: u32 = 65_536;
+/// Sixteen times the largest of today's; a list of tokens is made from it.
+const VOCAB_MAX: u32 = 1 << 22;
 
 /// `config.json`, in which `text_config` wins over the top level.
 pub(crate) struct ConfigJson {
@@ -88,6 +90,12 @@ impl ConfigJson {
             .filter(|v| !v.is_null())
     }
 
+    /// The key is there and says null, which in places means "none" and not "the default".
+    fn is_null(&self, key: &str) -> bool {
+        let here = |level: &Map<String, Value>| level.get(key).is_some_and(Value::is_null);
+        self.get(key).is_none() && (here(&self.root) || self.text().is_some_and(here))
+    }
+
     fn u32(&self, key: &str) -> Result<Option<u32>, Error> {
         let Some(value) = self.get(key) else {
             return Ok(None);
@@ -141,7 +149,7 @@ impl ConfigJson {
         let attention = self.attention(family, hidden, n_layers)?;
         let rope = self.rope(family, attention.key_length)?;
         let ffn = self.count("intermediate_size", None, 1 << 28)?;
-        let vocab = self.count("vocab_size", d.vocab, 1 << 24)?;
+        let vocab = self.count("vocab_size", d.vocab, VOCAB_MAX)?;
         let generation: Option<Map<String, Value>> =
             files.json_if_any("generation_config.json", JSON_BYTES_MAX)?;
         let mut eos = token_ids(generation.as_ref().and_then(|g| g.get("eos_token_id")));
@@ -181,9 +189,12 @@ impl ConfigJson {
     fn attention(&self, family: &Family, hidden: u32, n_layers: u32) -> Result<Attention, Error> {
         let d = &family.defaults;
         let n_heads = self.count("num_attention_heads", d.n_heads, 1 << 16)?;
+        let silent = d
+            .n_kv_heads
+            .filter(|_| !self.is_null("num_key_value_heads"));
         let n_kv_heads = self.count(
             "num_key_value_heads",
-            Some(d.n_kv_heads.unwrap_or(n_heads)),
+            Some(silent.unwrap_or(n_heads)),
             1 << 16,
         )?;
         if !n_heads.is_multiple_of(n_kv_heads) {
@@ -225,10 +236,7 @@ impl ConfigJson {
 
     /// A soft cap of a family that has them; null in the file means none.
     fn softcap(&self, key: &str, default: Option<f64>) -> Result<Option<f32>, Error> {
-        let is_null = |level: &Map<String, Value>| level.get(key).is_some_and(Value::is_null);
-        if self.get(key).is_none() && (is_null(&self.root) || self.text().is_some_and(is_null)) {
-            return Ok(None);
-        }
+        let default = default.filter(|_| !self.is_null(key));
         Ok(self.f64(key)?.or(default).map(|cap| cap as f32))
     }
 
@@ -243,10 +251,11 @@ impl ConfigJson {
         {
             return Ok(None);
         }
-        let Some(n_tokens) = self
-            .u32("sliding_window")?
-            .or(family.defaults.sliding_window)
-        else {
+        let silent = family
+            .defaults
+            .sliding_window
+            .filter(|_| !self.is_null("sliding_window"));
+        let Some(n_tokens) = self.u32("sliding_window")?.or(silent) else {
             return Ok(None);
         };
         if n_tokens == 0 {
@@ -259,7 +268,7 @@ impl ConfigJson {
             Some(types) => layer_types(types, n_layers)?,
             None => {
                 let first = match family.window {
-                    Window::Upper => self.u32("max_window_layers")?.unwrap_or(n_layers),
+                    Window::Upper => self.u32("max_window_layers")?.unwrap_or(28),
                     _ => 0,
                 };
                 let each = match family.window {
@@ -327,21 +336,48 @@ impl ConfigJson {
             (Some(_), Some(base)) => Some(base),
             (Some(default), None) => Some(self.f64("rope_local_base_freq")?.unwrap_or(default)),
         };
-        let kind = full
-            .and_then(|p| p.get("rope_type").or_else(|| p.get("type")))
-            .and_then(Value::as_str);
+        let kind_of = |parameters: Option<&Value>| {
+            let text = |key: &str| parameters?.get(key)?.as_str().map(str::to_owned);
+            text("rope_type")
+                .or_else(|| text("type"))
+                .unwrap_or_else(|| "default".to_owned())
+        };
+        let kind = kind_of(full);
+        if kind_of(sliding) != "default" {
+            return unsupported("rope scaling of the layers that slide".to_owned());
+        }
+        for parameters in [full, sliding] {
+            if within(parameters, "partial_rotary_factor")?.is_some_and(|f| f != 1.0) {
+                return unsupported("partial_rotary_factor other than 1".to_owned());
+            }
+        }
         let factor = || {
             let value = full.and_then(|p| p.get("factor")).unwrap_or(&Value::Null);
             positive("rope_scaling.factor", value).map(|f| f as f32)
         };
-        let scaling = match kind.unwrap_or("default") {
+        let scaling = match kind.as_str() {
             "default" => None,
             "linear" => Some(RopeScaling::Linear { factor: factor()? }),
             "llama3" => Some(RopeScaling::FrequencyFactors),
             "yarn" => {
-                let original = match within(full, "original_max_position_embeddings")? {
-                    Some(n) => n as u32,
-                    None => self.count("original_max_position_embeddings", None, u32::MAX)?,
+                // What else changes the rotation and has no place in `RopeScaling::Yarn`.
+                let parameter = |key: &str| full.and_then(|p| p.get(key)).filter(|v| !v.is_null());
+                for key in ["mscale", "mscale_all_dim"] {
+                    if parameter(key).is_some() && parameter("attention_factor").is_none() {
+                        return unsupported(format!("{key} of rope scaling \"yarn\""));
+                    }
+                }
+                if parameter("truncate") == Some(&Value::Bool(false)) {
+                    return unsupported("truncate false of rope scaling \"yarn\"".to_owned());
+                }
+                let key = "original_max_position_embeddings";
+                let original = match within(full, key)? {
+                    Some(n) if n >= 1.0 => n as u32,
+                    Some(n) => return Err(invalid(key, format!("{n} is less than one token"))),
+                    None => {
+                        let context = self.u32("max_position_embeddings")?;
+                        self.count(key, context, u32::MAX)?
+                    }
                 };
                 Some(RopeScaling::Yarn {
                     factor: factor()?,
@@ -352,18 +388,14 @@ impl ConfigJson {
                 })
             }
             other => {
-                return Err(Error::Unsupported {
-                    what: format!("rope scaling of kind {:?}", clip(other)),
-                });
+                return unsupported(format!("rope scaling of kind {:?}", clip(other)));
             }
         };
         if scaling == Some(RopeScaling::FrequencyFactors) && family.rope != RopeKind::Interleaved {
-            return Err(Error::Unsupported {
-                what: format!(
-                    "rope scaling \"llama3\" in the architecture {}",
-                    family.architecture
-                ),
-            });
+            return unsupported(format!(
+                "rope scaling \"llama3\" in the architecture {}",
+                family.architecture
+            ));
         }
         Ok(Rope {
             kind: family.rope,
@@ -417,14 +449,19 @@ impl ConfigJson {
         Ok(Some(factors))
     }
 
+    /// True when `config.json` itself has this parameter of its rope scaling.
+    pub(crate) fn has_rope_parameter(&self, key: &str) -> bool {
+        let (full, _) = self.rope_parameters();
+        full.and_then(|p| p.get(key)).is_some_and(|v| !v.is_null())
+    }
+
     fn refuse_what_cannot_be_followed(&self, family: &Family) -> Result<(), Error> {
-        let refuse = |what: String| Err(Error::Unsupported { what });
         if let Some(quantised) = self.get("quantization_config") {
             let method = quantised
                 .get("quant_method")
                 .and_then(Value::as_str)
                 .unwrap_or("unknown");
-            return refuse(format!(
+            return unsupported(format!(
                 "its weights are quantised already (method {}); take the original",
                 clip(method)
             ));
@@ -440,14 +477,21 @@ impl ConfigJson {
         if let Some(other) =
             activation.filter(|v| !v.as_str().is_some_and(|s| activations.contains(&s)))
         {
-            return refuse(format!(
+            return unsupported(format!(
                 "hidden_act {}; {} is expected",
                 short(other),
                 activations[0]
             ));
         }
         if self.f64("partial_rotary_factor")?.is_some_and(|f| f != 1.0) {
-            return refuse("partial_rotary_factor other than 1".to_owned());
+            return unsupported("partial_rotary_factor other than 1".to_owned());
+        }
+        if self.bool("is_causal")? == Some(false)
+            || self.bool("use_bidirectional_attention")? == Some(true)
+        {
+            return unsupported(
+                "attention to later tokens (is_causal, use_bidirectional_attention)".to_owned(),
+            );
         }
         if family.experts.is_some() {
             let dense = self
@@ -459,7 +503,7 @@ impl ConfigJson {
                     .u32("decoder_sparse_step")?
                     .is_some_and(|step| step != 1)
             {
-                return refuse(
+                return unsupported(
                     "dense layers among the routed ones (mlp_only_layers, decoder_sparse_step)"
                         .to_owned(),
                 );
@@ -480,9 +524,7 @@ fn layer_types(types: &Value, n_layers: u32) -> Result<Vec<bool>, Error> {
     let is_sliding = |value: &Value| match value.as_str() {
         Some("sliding_attention") => Ok(true),
         Some("full_attention") => Ok(false),
-        _ => Err(Error::Unsupported {
-            what: format!("a layer of type {}", short(value)),
-        }),
+        _ => unsupported(format!("a layer of type {}", short(value))),
     };
     types.iter().map(is_sliding).collect()
 }
@@ -506,6 +548,10 @@ fn positive(key: &str, value: &Value) -> Result<f64, Error> {
             format!("a positive number is expected, not {}", short(value)),
         )
     })
+}
+
+fn unsupported<T>(what: String) -> Result<T, Error> {
+    Err(Error::Unsupported { what })
 }
 
 fn invalid(key: &str, reason: impl Into<String>) -> Error {

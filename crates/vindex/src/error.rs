@@ -52,7 +52,7 @@ pub enum Error {
         reason: String,
     },
     /// `config.json` lacks a number or has one that cannot be.
-    #[error("config.json: {key}: {reason}")]
+    #[error("config.json: {key}: {reason}; take the config.json that belongs to the weights")]
     Config {
         /// Key of the file, with `.` between levels.
         key: String,
@@ -62,7 +62,7 @@ pub enum Error {
     /// No row of the table of families is for this model.
     #[error("no family is known for {architecture}; known are {}", known.join(", "))]
     UnknownArchitecture {
-        /// First of `architectures` in `config.json`, or `model_type`.
+        /// First of `architectures` in `config.json`.
         architecture: String,
         /// What the table has.
         known: Vec<&'static str>,
@@ -138,14 +138,6 @@ pub enum Error {
         /// What the source says.
         #[source]
         source: SourceError,
-    },
-    /// A file does not follow GGUF version 3, or is larger than our bounds.
-    #[error("{} is not a GGUF file that can be read: {reason}", path.display())]
-    Gguf {
-        /// The file.
-        path: PathBuf,
-        /// What was expected and what is there.
-        reason: String,
     },
     /// The directory has an `index.json`: there is a finished vindex in it.
     #[error("{} already holds a finished vindex; remove it or name another output directory", path.display())]

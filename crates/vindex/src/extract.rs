@@ -146,7 +146,10 @@ pub fn extract(
         });
     if result.is_ok() {
         journal.remove()?;
-    } else if journal.parts.is_empty() && journal.is_ours(&digest) {
+    } else if journal.parts.is_empty()
+        && journal.is_ours(&digest)
+        && !has_parts(&layout, out, &journal)
+    {
         // Nothing is worth continuing: leave the place as it was, as far as that goes.
         let _ = journal.remove();
         if created {
@@ -154,6 +157,13 @@ pub fn extract(
         }
     }
     result
+}
+
+/// True when a part of this extraction has its final name, though perhaps no line in the journal: without the journal
+/// the next run would take it for somebody else's.
+fn has_parts(layout: &Layout<'_>, out: &Path, journal: &Journal) -> bool {
+    let mut parts = layout.parts.iter();
+    journal.digest.is_some() && parts.any(|part| out.join(&part.file).exists())
 }
 
 /// A plan says where in its source the weights are, so it is of no use with another one. The headers of a
@@ -260,6 +270,7 @@ fn continue_or_begin(
     refuse_small_disk(plan, out, missing.map(|(_, part)| part.size_bytes).sum())?;
     if journal.digest.is_none() {
         journal.begin(digest)?;
+        sync_dir(out)?;
     }
     progress(Progress::Started {
         n_parts,

@@ -47,7 +47,7 @@ pub(crate) enum Window {
     /// No layer, whatever the configuration has.
     None,
     All,
-    /// From `max_window_layers` on, when `use_sliding_window`.
+    /// From `max_window_layers` (28 where that is absent) on, when `use_sliding_window`.
     Upper,
     /// All but each n-th, n being `sliding_window_pattern` or this.
     AllButEach(u32),
@@ -323,7 +323,10 @@ const LLAMA: Family = Family {
     bias: Bias::Configured,
     window: Window::None,
     experts: None,
-    defaults: DEFAULTS,
+    defaults: Defaults {
+        context: Some(2048),
+        ..DEFAULTS
+    },
     writes: Writes {
         head_dim_always: true,
         llama_keys: true,
@@ -337,6 +340,12 @@ const QWEN2: Family = Family {
     rope: RopeKind::Neox,
     bias: Bias::Qkv,
     window: Window::Upper,
+    defaults: Defaults {
+        n_kv_heads: Some(32),
+        context: Some(32_768),
+        sliding_window: Some(4096),
+        ..DEFAULTS
+    },
     writes: WRITES,
     ..LLAMA
 };
@@ -355,7 +364,7 @@ const QWEN3: Family = Family {
     bias: Bias::Configured,
     defaults: Defaults {
         head_dim: Some(128),
-        ..DEFAULTS
+        ..QWEN2.defaults
     },
     writes: Writes {
         head_dim_always: true,
@@ -382,6 +391,7 @@ const GEMMA2: Family = Family {
     defaults: Defaults {
         head_dim: Some(256),
         tied: true,
+        n_kv_heads: Some(4),
         context: Some(8192),
         query_pre_attn_scalar: Some(256.0),
         attention_softcap: Some(50.0),
@@ -405,6 +415,12 @@ const FAMILIES: &[Family] = &[
         classes: &["MistralForCausalLM"],
         bias: Bias::None,
         window: Window::All,
+        defaults: Defaults {
+            n_kv_heads: Some(8),
+            context: Some(131_072),
+            sliding_window: Some(4096),
+            ..DEFAULTS
+        },
         ..LLAMA
     },
     Family {
@@ -425,6 +441,8 @@ const FAMILIES: &[Family] = &[
         defaults: Defaults {
             rope_base: 1_000_000.0,
             norm_eps: 1e-5,
+            n_kv_heads: Some(8),
+            context: Some(131_072),
             ..DEFAULTS
         },
         writes: Writes {
@@ -450,7 +468,10 @@ const FAMILIES: &[Family] = &[
             ffn: "moe_intermediate_size",
             normalise: Some("norm_topk_prob"),
         }),
-        defaults: DEFAULTS,
+        defaults: Defaults {
+            n_kv_heads: Some(4),
+            ..QWEN2.defaults
+        },
         writes: WRITES,
         ..QWEN3
     },
@@ -471,7 +492,6 @@ const FAMILIES: &[Family] = &[
             rope_base: 1_000_000.0,
             rope_base_sliding: Some(10_000.0),
             n_heads: Some(8),
-            n_kv_heads: Some(4),
             context: Some(131_072),
             vocab: Some(262_208),
             attention_softcap: None,

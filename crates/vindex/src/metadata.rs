@@ -113,8 +113,13 @@ pub(crate) fn of_model(
                 "rope.scaling.original_context_length",
                 MetaValue::U32(original_context),
             );
-            put("rope.scaling.yarn_beta_fast", MetaValue::F32(beta_fast));
-            put("rope.scaling.yarn_beta_slow", MetaValue::F32(beta_slow));
+            // Where the configuration is silent, llama.cpp has the same defaults as `transformers`.
+            if json.has_rope_parameter("beta_fast") {
+                put("rope.scaling.yarn_beta_fast", MetaValue::F32(beta_fast));
+            }
+            if json.has_rope_parameter("beta_slow") {
+                put("rope.scaling.yarn_beta_slow", MetaValue::F32(beta_slow));
+            }
             if let Some(factor) = attention_factor {
                 put("rope.scaling.yarn_attn_factor", MetaValue::F32(factor));
             }
@@ -124,7 +129,10 @@ pub(crate) fn of_model(
     if let Some(experts) = &config.experts {
         put("expert_count", MetaValue::U32(experts.n));
         put("expert_used_count", MetaValue::U32(experts.n_used));
-        if experts.ffn != config.ffn {
+        if family
+            .experts
+            .is_some_and(|keys| keys.ffn != "intermediate_size")
+        {
             put("expert_feed_forward_length", MetaValue::U32(experts.ffn));
         }
     }

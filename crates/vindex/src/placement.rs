@@ -136,6 +136,9 @@ impl<'a> Found<'a> {
             .experts
             .filter(|_| row.source.contains("{e}"))
             .map(|e| e.n);
+        if n_experts.is_some() {
+            refuse_stacked(&self.tensors, &in_layer)?;
+        }
         let mut sources = Vec::new();
         for expert in 0..n_experts.unwrap_or(1) {
             let plain = in_layer.replace("{e}", &expert.to_string());
@@ -232,6 +235,31 @@ impl<'a> Found<'a> {
         }
         Ok(left_out)
     }
+}
+
+/// Some tools save the experts of a layer as one tensor (`experts.gate_up_proj`), where the map asks for one each.
+fn refuse_stacked(
+    tensors: &BTreeMap<String, (&str, &SourceTensor)>,
+    in_layer: &str,
+) -> Result<(), Error> {
+    let Some((layer, _)) = in_layer
+        .split_once(".experts.")
+        .and_then(|(b, _)| b.rsplit_once('.'))
+    else {
+        return Ok(());
+    };
+    for block in ["mlp", "block_sparse_moe"] {
+        for stacked in ["gate_up_proj", "gate_up_proj.weight"] {
+            if let Some((name, _)) = tensors.get(&format!("{layer}.{block}.experts.{stacked}")) {
+                return Err(Error::Unsupported {
+                    what: format!(
+                        "{name} holds all experts of its layer; save the checkpoint with a tensor for each expert"
+                    ),
+                });
+            }
+        }
+    }
+    Ok(())
 }
 
 fn check(name: &str, tensor: &SourceTensor, expected: &[u64]) -> Result<(), Error> {

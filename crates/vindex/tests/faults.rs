@@ -316,6 +316,28 @@ fn foreign_files_are_refused() {
     }
 }
 
+/// A crash may leave a part that no line of the journal names. A run that is then refused leaves the journal too, or
+/// the part would be a foreign file ever after.
+#[test]
+fn a_refusal_keeps_what_a_crash_left() {
+    let tmp = tempfile::tempdir().unwrap();
+    let (source, out) = interrupted(Recipe::F16, tmp.path());
+    let journal = fs::read_to_string(out.join("extract.journal")).unwrap();
+    let first_line = journal.lines().next().unwrap().to_owned() + "\n";
+    fs::write(out.join("extract.journal"), &first_line).unwrap();
+    fs::write(out.join("thesis.txt"), "text").unwrap();
+    let before = listing(&out);
+    let error = run(&source, Recipe::F16, &out, &ALLOWED).0.unwrap_err();
+    assert!(
+        matches!(&error, Error::ForeignFile { file, .. } if file == "thesis.txt"),
+        "{error}"
+    );
+    assert_eq!(listing(&out), before);
+    fs::remove_file(out.join("thesis.txt")).unwrap();
+    let id = run(&source, Recipe::F16, &out, &ALLOWED).0.unwrap();
+    assert_eq!(verify(&out, &|_| ()).unwrap().id, id);
+}
+
 /// While one extraction writes, another into the same directory is refused and disturbs nothing.
 #[test]
 fn two_extractions_do_not_collide() {

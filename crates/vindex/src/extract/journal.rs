@@ -54,23 +54,14 @@ impl Journal {
     /// [`Error::Locked`] when another extraction holds it; [`Error::Io`].
     pub(crate) fn open(dir: &Path) -> Result<Journal, Error> {
         let path = dir.join(JOURNAL_FILE);
-        let mut options = OpenOptions::new();
-        let file = options
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(&path);
-        let mut file = file.map_err(Error::io("create", &path))?;
-        match file.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => {
-                return Err(Error::Locked {
-                    path: dir.to_owned(),
-                });
+        // Whoever held the lock may have removed the file between its opening here and its locking: then the lock is
+        // on a file that nobody else can open, and the one that has the name now is the one to lock.
+        let mut file = loop {
+            let file = locked(dir, &path)?;
+            if is_at(&file, &path) {
+                break file;
             }
-            Err(TryLockError::Error(e)) => return Err(Error::io("lock", &path)(e)),
-        }
+        };
         let mut text = Vec::new();
         (&mut file)
             .take(MAX_JOURNAL_BYTES)
@@ -146,4 +137,36 @@ impl Journal {
             .map_err(Error::io("write", &self.path))?;
         self.file.sync_data().map_err(Error::io("sync", &self.path))
     }
+}
+
+fn locked(dir: &Path, path: &Path) -> Result<File, Error> {
+    let mut options = OpenOptions::new();
+    let file = options
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(path);
+    let file = file.map_err(Error::io("create", path))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(Error::Locked {
+            path: dir.to_owned(),
+        }),
+        Err(TryLockError::Error(e)) => Err(Error::io("lock", path)(e)),
+    }
+}
+
+#[cfg(unix)]
+fn is_at(file: &File, path: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    let id =
+        |metadata: std::io::Result<std::fs::Metadata>| metadata.map(|m| (m.dev(), m.ino())).ok();
+    id(file.metadata()) == id(std::fs::metadata(path))
+}
+
+/// Elsewhere a file has no number to compare; two runs would have to meet within that moment.
+#[cfg(not(unix))]
+fn is_at(_: &File, _: &Path) -> bool {
+    true
 }

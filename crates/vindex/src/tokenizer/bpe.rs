@@ -15,6 +15,8 @@ use crate::error::Error;
 const FILE: &str = "tokenizer.json";
 /// Score of tokens that no merge makes.
 const UNMERGED_SCORE: f32 = -1_000_000.0;
+/// Longest token whose every division in two is looked up.
+const TOKEN_BYTES_MAX: usize = 1024;
 
 /// What stands around the model in `tokenizer.json`, and of which type that is.
 #[derive(Deserialize)]
@@ -207,6 +209,9 @@ fn scored(
         pairs.insert((left, right));
     }
     for token in vocab.keys().filter(|t| !added.contains(t.as_str())) {
+        if token.len() > TOKEN_BYTES_MAX {
+            return refuse("it has a token that is longer than any word");
+        }
         if is_byte(token) {
             types[vocab[token] as usize] = TokenType::Byte;
             continue;

@@ -8,7 +8,7 @@ use std::fs;
 use serde_json::Value;
 use vindex::{Error, Origin, Plan, Recipe, Source, SourceError, SourceFile, plan};
 
-use super::checkpoint_dir;
+use super::support::checkpoint_dir;
 
 /// The one file of an unsharded checkpoint.
 pub(super) const ONE: &str = "model.safetensors";

@@ -3,12 +3,15 @@
 
 mod changed;
 mod refusals;
+mod settings;
+#[path = "../support/mod.rs"]
+mod support;
 mod tokenizers;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
@@ -18,18 +21,7 @@ use vindex::{
 };
 
 use changed::{Changed, ONE};
-
-const FAMILIES: [&str; 9] = [
-    "gemma2",
-    "gemma3",
-    "llama",
-    "llama3",
-    "mistral",
-    "mixtral",
-    "qwen2",
-    "qwen3",
-    "qwen3_moe",
-];
+use support::{FAMILIES, checkpoint_dir, fixtures};
 
 /// The converter derives these from the name of a directory or of an upstream repository; ours is the model's name.
 const NAMED_BY_DIRECTORY: [&str; 4] = [
@@ -46,26 +38,13 @@ const OURS: [&str; 2] = [
     "tokenizer.huggingface.json",
 ];
 
-fn repository() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
-}
-
-fn checkpoint_dir(family: &str) -> PathBuf {
-    repository().join("fixtures/models").join(family)
-}
-
 fn plan_of(dir: &Path, recipe: Recipe) -> Result<Plan, Error> {
     plan(&LocalDir::open(dir)?, recipe)
 }
 
 fn golden(family: &str) -> Value {
-    let text = fs::read_to_string(
-        repository()
-            .join("fixtures/gguf")
-            .join(family)
-            .with_extension("json"),
-    )
-    .unwrap();
+    let text = fs::read_to_string(fixtures().join("gguf").join(family).with_extension("json"));
+    let text = text.unwrap();
     serde_json::from_str(&text).unwrap()
 }
 
@@ -297,7 +276,7 @@ fn experts_are_stacked_in_their_order() {
 
 #[test]
 fn the_plan_of_the_trained_model() {
-    let plan = plan_of(&repository().join("models/kjv"), Recipe::Q4k).unwrap();
+    let plan = plan_of(&fixtures().join("../models/kjv"), Recipe::Q4k).unwrap();
     insta::assert_snapshot!(described_plan(&plan));
 }
 

@@ -1,0 +1,164 @@
+//! What `config.json` says and what it leaves unsaid: settings in the plan's numbers and keys, or a refusal.
+
+use serde_json::{Value, json};
+use vindex::{MetaValue, Plan, RopeScaling};
+
+use super::changed::{Changed, ONE};
+
+fn with(family: &str, change: impl FnOnce(&mut Value)) -> Changed {
+    Changed::family(family).json("config.json", change)
+}
+
+fn without(family: &str, key: &str) -> Changed {
+    with(family, |c| {
+        c.as_object_mut().unwrap().shift_remove(key).unwrap();
+    })
+}
+
+fn window(plan: &Plan) -> Option<u32> {
+    let window = plan.config.attention.sliding_window.as_ref();
+    window.map(|w| w.n_tokens)
+}
+
+fn value<'a>(plan: &'a Plan, key: &str) -> Option<&'a MetaValue> {
+    plan.metadata
+        .iter()
+        .find(|(k, _)| k == key)
+        .map(|(_, value)| value)
+}
+
+/// Where the file is silent, the configuration class of `transformers` speaks; null may mean none.
+#[test]
+fn silence_is_the_default_of_the_family_and_null_is_none() {
+    let told = Changed::family("mistral").plan().unwrap();
+    assert_eq!(window(&told), Some(8));
+    let silent = without("mistral", "sliding_window").plan().unwrap();
+    assert_eq!(window(&silent), Some(4096));
+    let null = with("mistral", |c| c["sliding_window"] = Value::Null);
+    assert_eq!(window(&null.plan().unwrap()), None);
+
+    // Eight heads of keys are too many for this checkpoint; as many as heads of queries are told by null.
+    let error = without("mixtral", "num_key_value_heads").error();
+    assert!(error.contains("num_key_value_heads: 8"), "{error}");
+    let error = with("mixtral", |c| c["num_key_value_heads"] = Value::Null).error();
+    assert!(error.contains("says [256, 256]"), "{error}");
+    let error = without("llama", "num_key_value_heads").error();
+    assert!(error.contains("says [256, 256]"), "{error}");
+
+    for (family, context) in [("llama", 2048), ("mistral", 131_072), ("qwen2", 32_768)] {
+        let plan = without(family, "max_position_embeddings").plan().unwrap();
+        assert_eq!(plan.config.context, context, "{family}");
+    }
+    let sliding = with("qwen2", |c| {
+        c["use_sliding_window"] = json!(true);
+        c.as_object_mut().unwrap().shift_remove("max_window_layers");
+    });
+    assert_eq!(window(&sliding.plan().unwrap()), None, "layers 28 and up");
+}
+
+#[test]
+fn yarn_is_written_as_it_is_told() {
+    let yarn = |parameters: Value| with("qwen2", |c| c["rope_scaling"] = parameters);
+    let short = yarn(json!({"rope_type": null, "type": "yarn", "factor": 4.0}));
+    let short = short.plan().unwrap();
+    let scaling = RopeScaling::Yarn {
+        factor: 4.0,
+        original_context: 32_768,
+        beta_fast: 32.0,
+        beta_slow: 1.0,
+        attention_factor: None,
+    };
+    assert_eq!(short.config.rope.scaling, Some(scaling));
+    let key = |name: &str| format!("qwen2.rope.scaling.{name}");
+    assert_eq!(
+        value(&short, &key("original_context_length")),
+        Some(&MetaValue::U32(32_768))
+    );
+    assert_eq!(value(&short, &key("yarn_beta_fast")), None);
+    assert_eq!(value(&short, &key("yarn_beta_slow")), None);
+    let long = yarn(json!({"type": "yarn", "factor": 4.0, "beta_fast": 32.0, "beta_slow": 2}));
+    let long = long.plan().unwrap();
+    assert_eq!(
+        value(&long, &key("yarn_beta_fast")),
+        Some(&MetaValue::F32(32.0))
+    );
+    assert_eq!(
+        value(&long, &key("yarn_beta_slow")),
+        Some(&MetaValue::F32(2.0))
+    );
+}
+
+/// The converter writes the width of an expert whenever the file has one of its own.
+#[test]
+fn the_width_of_an_expert_is_written_even_where_it_is_that_of_a_dense_layer() {
+    let plan = with("qwen3_moe", |c| c["intermediate_size"] = json!(256));
+    let plan = plan.plan().unwrap();
+    assert_eq!(plan.config.ffn, plan.config.experts.unwrap().ffn);
+    assert_eq!(
+        value(&plan, "qwen3moe.expert_feed_forward_length"),
+        Some(&MetaValue::U32(256))
+    );
+    let plan = Changed::family("mixtral").plan().unwrap();
+    assert_eq!(value(&plan, "llama.expert_feed_forward_length"), None);
+}
+
+#[test]
+fn what_the_forward_pass_cannot_follow_is_refused() {
+    let yarn = |key: &str, value: Value| {
+        with("qwen2", |c| {
+            c["rope_scaling"] = json!({"type": "yarn", "factor": 4.0, key: value});
+        })
+    };
+    let errors = [
+        ("yarn with mscale", yarn("mscale", json!(0.7)).error()),
+        ("yarn untruncated", yarn("truncate", json!(false)).error()),
+        (
+            "yarn of no context",
+            yarn("original_max_position_embeddings", json!(0.5)).error(),
+        ),
+        (
+            "rotation of a part of a head",
+            with("qwen3", |c| {
+                c["rope_parameters"] = json!({"rope_theta": 1e6, "partial_rotary_factor": 0.5});
+            })
+            .error(),
+        ),
+        (
+            "scaling where the window slides",
+            with("gemma3", |c| {
+                c["rope_parameters"] = json!({
+                    "full_attention": {"rope_type": "default"},
+                    "sliding_attention": {"rope_type": "linear", "factor": 2.0},
+                });
+            })
+            .error(),
+        ),
+        (
+            "attention in both directions",
+            with("gemma3", |c| c["use_bidirectional_attention"] = json!(true)).error(),
+        ),
+        (
+            "no causal mask",
+            with("qwen2", |c| c["is_causal"] = json!(false)).error(),
+        ),
+        (
+            "a vocabulary beyond bounds",
+            with("llama", |c| c["vocab_size"] = json!(5_000_000)).error(),
+        ),
+        (
+            "experts in one tensor",
+            Changed::family("mixtral")
+                .header(ONE, |h| {
+                    let w1 = "model.layers.0.block_sparse_moe.experts.0.w1.weight";
+                    let tensor = h.shift_remove(w1).unwrap();
+                    h.insert("model.layers.0.mlp.experts.gate_up_proj".to_owned(), tensor);
+                })
+                .error(),
+        ),
+    ];
+    let text: String = errors
+        .iter()
+        .map(|(what, error)| format!("{what}:\n  {error}\n"))
+        .collect();
+    insta::assert_snapshot!(text);
+}
