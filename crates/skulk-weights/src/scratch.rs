@@ -201,12 +201,12 @@ mod tests {
 
     #[test]
     fn what_is_more_than_a_scratch_is_refused() {
-        let (working_dir, home) = (Path::new("/srv/job/work"), Path::new("/home/me"));
+        let (working_dir, home) = (Path::new("/srv/job/cwd"), Path::new("/home/me"));
         for path in [
             "/",
             "/srv",
             "/srv/job",
-            "/srv/job/work",
+            "/srv/job/cwd",
             "/home",
             "/home/me",
             "/home/other",
@@ -220,7 +220,7 @@ mod tests {
             );
         }
         for path in [
-            "/srv/job/work/.scratch",
+            "/srv/job/cwd/.scratch",
             "/srv/other/fast",
             "/home/me/sc",
             "/mnt/fast",

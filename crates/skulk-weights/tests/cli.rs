@@ -16,11 +16,11 @@ impl Bench {
     fn new(files: &[(&str, &str)]) -> Bench {
         let dir = tempfile::tempdir().unwrap();
         for (name, text) in files {
-            let path = dir.path().join("work").join(name);
+            let path = dir.path().join("cwd").join(name);
             std::fs::create_dir_all(path.parent().unwrap()).unwrap();
             std::fs::write(path, text).unwrap();
         }
-        std::fs::create_dir_all(dir.path().join("work")).unwrap();
+        std::fs::create_dir_all(dir.path().join("cwd")).unwrap();
         std::fs::create_dir_all(dir.path().join("home")).unwrap();
         Bench {
             dir,
@@ -39,15 +39,15 @@ impl Bench {
         self
     }
 
-    fn work(&self) -> std::path::PathBuf {
-        self.dir.path().join("work")
+    fn cwd(&self) -> std::path::PathBuf {
+        self.dir.path().join("cwd")
     }
 
     /// Runs the program and tells what was seen, with the temporary directory as `[DIR]`.
     fn run(&self, line: &str) -> String {
         let mut child = Command::new(env!("CARGO_BIN_EXE_skulk-weights"))
             .args(line.split_whitespace())
-            .current_dir(self.work())
+            .current_dir(self.cwd())
             .env_clear()
             .env("PATH", "/usr/bin:/bin")
             .env("HOME", self.dir.path().join("home"))
@@ -177,7 +177,7 @@ fn a_dry_run_prints_the_plan_and_makes_nothing() {
         "publish --model foxlight/mixtral-8x7b-expert-server-q4-k --dry-run --json",
     ];
     insta::assert_snapshot!(lines.map(|line| bench.run(line)).join("\n"));
-    assert!(!bench.work().join(".scratch").exists() && !bench.work().join("s").exists());
+    assert!(!bench.cwd().join(".scratch").exists() && !bench.cwd().join("s").exists());
 }
 
 #[test]
@@ -261,7 +261,7 @@ fn doctor_holds_the_token_against_the_plan() {
             ("models.yaml", MODELS),
             ("larql", "#!/bin/sh\necho larql 9.9\n"),
         ]);
-        let larql = bench.work().join("larql");
+        let larql = bench.cwd().join("larql");
         std::fs::set_permissions(larql, PermissionsExt::from_mode(0o755)).unwrap();
         bench
             .var("HF_ENDPOINT", hub.url())
@@ -319,27 +319,27 @@ fn scratch_is_deleted_only_when_it_is_one() {
     ];
     insta::assert_snapshot!(lines.map(|line| bench.run(line)).join("\n"));
     assert!(
-        bench.work().join(".scratch/a/b.bin").exists()
-            && bench.work().join("repo/.git/HEAD").exists()
+        bench.cwd().join(".scratch/a/b.bin").exists()
+            && bench.cwd().join("repo/.git/HEAD").exists()
     );
     let bench = bench.stdin(" Y \n");
     insta::assert_snapshot!(bench.run("scratch clean"));
-    assert!(!bench.work().join(".scratch").exists() && bench.work().join("keep.txt").exists());
+    assert!(!bench.cwd().join(".scratch").exists() && bench.cwd().join("keep.txt").exists());
 }
 
 #[cfg(unix)]
 #[test]
 fn a_scratch_that_is_a_link_keeps_its_target() {
     let bench = Bench::new(&[("real/data", "x"), (".scratch/inner", "x")]);
-    std::os::unix::fs::symlink("real", bench.work().join("link")).unwrap();
-    std::os::unix::fs::symlink("../real", bench.work().join(".scratch/l")).unwrap();
+    std::os::unix::fs::symlink("real", bench.cwd().join("link")).unwrap();
+    std::os::unix::fs::symlink("../real", bench.cwd().join(".scratch/l")).unwrap();
     insta::assert_snapshot!(bench.run("scratch clean --yes --scratch link"));
     assert!(
         bench
             .run("scratch clean --yes")
             .starts_with("$ skulk-weights scratch clean --yes\nexit 0\n")
     );
-    assert!(bench.work().join("real/data").exists());
+    assert!(bench.cwd().join("real/data").exists());
 }
 
 #[test]
