@@ -245,9 +245,9 @@ impl ConfigJson {
         family: &Family,
         n_layers: u32,
     ) -> Result<Option<SlidingWindow>, Error> {
-        let upper = family.window == Window::Upper;
+        let is_switched = matches!(family.window, Window::Upper | Window::AllIfUsed);
         if family.window == Window::None
-            || (upper && !self.bool("use_sliding_window")?.unwrap_or(false))
+            || (is_switched && !self.bool("use_sliding_window")?.unwrap_or(false))
         {
             return Ok(None);
         }
@@ -291,7 +291,9 @@ impl ConfigJson {
         let Some(keys) = family.experts else {
             return Ok(None);
         };
-        let n = self.count(keys.n, None, EXPERTS_MAX)?;
+        let [usual, other] = keys.n;
+        let is_other = self.get(usual).is_none() && self.get(other).is_some();
+        let n = self.count(if is_other { other } else { usual }, None, EXPERTS_MAX)?;
         Ok(Some(Experts {
             n,
             n_used: self.count("num_experts_per_tok", None, n)?,

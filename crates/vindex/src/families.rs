@@ -49,6 +49,8 @@ pub(crate) enum Window {
     All,
     /// From `max_window_layers` (28 where that is absent) on, when `use_sliding_window`.
     Upper,
+    /// All, when `use_sliding_window`.
+    AllIfUsed,
     /// All but each n-th, n being `sliding_window_pattern` or this.
     AllButEach(u32),
 }
@@ -56,7 +58,8 @@ pub(crate) enum Window {
 /// Where `config.json` has the numbers of the experts.
 #[derive(Clone, Copy)]
 pub(crate) struct ExpertKeys {
-    pub(crate) n: &'static str,
+    /// The count has two names, and `transformers` writes either.
+    pub(crate) n: [&'static str; 2],
     pub(crate) ffn: &'static str,
     /// None: the weights of the visited experts always add up to one.
     pub(crate) normalise: Option<&'static str>,
@@ -434,7 +437,7 @@ const FAMILIES: &[Family] = &[
         bias: Bias::None,
         window: Window::All,
         experts: Some(ExpertKeys {
-            n: "num_local_experts",
+            n: ["num_local_experts", "num_experts"],
             ffn: "intermediate_size",
             normalise: None,
         }),
@@ -464,10 +467,11 @@ const FAMILIES: &[Family] = &[
             maps::QWEN_EXPERTS,
         ],
         experts: Some(ExpertKeys {
-            n: "num_experts",
+            n: ["num_experts", "num_local_experts"],
             ffn: "moe_intermediate_size",
             normalise: Some("norm_topk_prob"),
         }),
+        window: Window::AllIfUsed,
         defaults: Defaults {
             n_kv_heads: Some(4),
             ..QWEN2.defaults

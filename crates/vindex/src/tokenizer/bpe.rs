@@ -91,14 +91,15 @@ impl Merge {
 
 /// Parses all but the model, which may have half a million entries that nobody needs beside `tokenizer.model`.
 pub(super) fn parse(text: &str) -> Result<TokenizerJson, Error> {
-    serde_json::from_str(text).map_err(|e| bad(format!("it is not a tokenizer: {e}")))
+    serde_json::from_str(text)
+        .map_err(|e| bad(format!("it is not a tokenizer: {e}; download it again")))
 }
 
 fn model(text: &str, kind: &Kind) -> Result<Model, Error> {
     match kind.r#type.as_deref() {
         None | Some("BPE") => serde_json::from_str::<WithModel>(text)
             .map(|whole| whole.model)
-            .map_err(|e| bad(format!("it is not a BPE tokenizer: {e}"))),
+            .map_err(|e| bad(format!("it is not a BPE tokenizer: {e}; download it again"))),
         Some(other) => Err(bad(format!(
             "its model is of type {:?}; BPE is read, or a SentencePiece file tokenizer.model",
             other.chars().take(40).collect::<String>()
@@ -120,7 +121,7 @@ pub(super) fn vocabulary(
             .ok_or_else(|| beyond(token, id, n_vocab))?;
         if let Some((other, _)) = row.replace((token, TokenType::Normal)) {
             return Err(bad(format!(
-                "tokens {token:?} and {other:?} have the same id {id}"
+                "tokens {token:?} and {other:?} have the same id {id}; download it again"
             )));
         }
     }
@@ -158,7 +159,7 @@ pub(super) fn vocabulary(
         })
     } else {
         Err(bad(
-            "its BPE is neither over bytes (ByteLevel) nor with byte fallback".to_owned(),
+            "its BPE is neither over bytes (ByteLevel) nor with byte fallback; such a tokenizer cannot be extracted".to_owned(),
         ))
     }
 }
@@ -269,7 +270,7 @@ fn prepends_space(step: &Value) -> bool {
 
 fn beyond(token: &str, id: u32, n_vocab: usize) -> Error {
     bad(format!(
-        "token {token:?} has id {id}, the embedding matrix has {n_vocab} rows"
+        "token {token:?} has id {id}, the embedding matrix has {n_vocab} rows; they do not belong together"
     ))
 }
 

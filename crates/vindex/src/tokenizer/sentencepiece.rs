@@ -49,11 +49,14 @@ pub(super) fn vocabulary(
     settings: Option<&Map<String, Value>>,
     n_vocab: usize,
 ) -> Result<Vocabulary, Error> {
-    let model =
-        Model::decode(bytes).map_err(|e| bad(format!("it is not a SentencePiece model: {e}")))?;
+    let model = Model::decode(bytes).map_err(|e| {
+        bad(format!(
+            "it is not a SentencePiece model: {e}; download it again"
+        ))
+    })?;
     if model.pieces.is_empty() {
         return Err(bad(
-            "it is not a SentencePiece model: it has no pieces".to_owned()
+            "it is not a SentencePiece model: it has no pieces; download it again".to_owned(),
         ));
     }
     let mut warnings = Vec::new();

@@ -88,6 +88,29 @@ fn yarn_is_written_as_it_is_told() {
     );
 }
 
+/// The number of experts has two names; a window of qwen3_moe is for all layers or for none.
+#[test]
+fn experts_are_counted_under_either_name() {
+    for (family, old, new) in [
+        ("qwen3_moe", "num_experts", "num_local_experts"),
+        ("mixtral", "num_local_experts", "num_experts"),
+    ] {
+        let renamed = with(family, |c| {
+            let n = c.as_object_mut().unwrap().shift_remove(old).unwrap();
+            c[new] = n;
+        });
+        let told = Changed::family(family).plan().unwrap();
+        let renamed = renamed.plan().unwrap();
+        assert_eq!(renamed.config, told.config);
+        assert_eq!(renamed.metadata, told.metadata);
+    }
+    let sliding = with("qwen3_moe", |c| {
+        c["use_sliding_window"] = json!(true);
+        c["sliding_window"] = json!(16);
+    });
+    assert_eq!(window(&sliding.plan().unwrap()), Some(16));
+}
+
 /// The converter writes the width of an expert whenever the file has one of its own.
 #[test]
 fn the_width_of_an_expert_is_written_even_where_it_is_that_of_a_dense_layer() {
