@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use terminal::Failure;
 
 use crate::config::{self, Item};
-use crate::diagnostic::{Diagnostic, Report, Severity, did_you_mean};
+use crate::diagnostic::{Diagnostic, KEPT_MAX, Report, did_you_mean};
 use crate::entry::{Entry, Source, SourceKind, Tier};
 use crate::manifest::{self, Draft};
 use crate::{unique, yaml};
@@ -40,17 +40,17 @@ pub(crate) struct Catalog {
 
 /// Everything that is wrong with a catalog, warnings included; at least one finding is an error.
 #[derive(Debug, thiserror::Error)]
-#[error("the catalog has {} error{}", self.n_errors(), if self.n_errors() == 1 { "" } else { "s" })]
+#[error("the catalog has {n_errors} error{}{}", if *n_errors == 1 { "" } else { "s" }, more(*n_errors))]
 pub(crate) struct Invalid {
     pub(crate) findings: Vec<Diagnostic>,
+    /// All errors; `findings` holds the first [`KEPT_MAX`] of them.
+    pub(crate) n_errors: usize,
 }
 
-impl Invalid {
-    pub(crate) fn n_errors(&self) -> usize {
-        self.findings
-            .iter()
-            .filter(|finding| finding.severity == Severity::Error)
-            .count()
+fn more(n_errors: usize) -> String {
+    match n_errors.checked_sub(KEPT_MAX) {
+        None | Some(0) => String::new(),
+        Some(_) => format!("; the first {KEPT_MAX} are shown"),
     }
 }
 
@@ -90,9 +90,10 @@ impl Catalog {
         }
         unique::check(&drafts, &mut report);
         report.sort();
-        if report.n_errors() > 0 {
+        if report.n_errors > 0 {
             return Err(Invalid {
                 findings: report.findings,
+                n_errors: report.n_errors,
             });
         }
         let entries = drafts
@@ -153,15 +154,11 @@ fn items(view: &View, working_dir: &Path, home: Option<&Path>, report: &mut Repo
         View::Config(path) => path.clone(),
         View::Default if working_dir.join(CONFIG).is_file() => PathBuf::from(CONFIG),
         View::Default if working_dir.join(CONFIG_LEGACY).is_file() => {
-            report.findings.push(Diagnostic {
-                severity: Severity::Warning,
-                file: CONFIG_LEGACY.to_owned(),
-                line: None,
-                column: None,
-                entry: None,
-                message: "this name of the config is deprecated".to_owned(),
-                hint: Some(format!("rename it to {CONFIG}")),
-            });
+            report.file_warning(
+                CONFIG_LEGACY,
+                "this name of the config is deprecated",
+                format!("rename it to {CONFIG}"),
+            );
             PathBuf::from(CONFIG_LEGACY)
         }
         View::Default => return vec![Item::Builtin],

@@ -1,12 +1,17 @@
 //! What is wrong with a catalog file: each finding with its file, line, entry and what to do.
 //!
-//! Invariant: reading goes on after a finding, so that one run reports all of them.
+//! Invariant: reading goes on after a finding, so that one run reports all of them. What is kept is bounded: of more than
+//! [`KEPT_MAX`] errors or warnings the rest is only counted. Nothing that a file holds reaches a terminal unescaped.
 
 use std::fmt;
 
 use serde::Serialize;
 
+use crate::name;
 use crate::yaml::{Place, SyntaxError};
+
+/// The most errors, and the most warnings, that are kept of one load.
+pub(crate) const KEPT_MAX: usize = 500;
 
 /// Whether the catalog can be used in spite of a finding.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -38,7 +43,7 @@ impl fmt::Display for Diagnostic {
             Severity::Error => f.write_str("error: ")?,
             Severity::Warning => f.write_str("warning: ")?,
         }
-        f.write_str(&self.file)?;
+        f.write_str(&printable(&self.file))?;
         if let (Some(line), Some(column)) = (self.line, self.column) {
             write!(f, ":{line}:{column}")?;
         }
@@ -53,7 +58,7 @@ impl fmt::Display for Diagnostic {
         }
         f.write_str(&printable(&self.message))?;
         if let Some(hint) = &self.hint {
-            write!(f, "\n  hint: {hint}")?;
+            write!(f, "\n  hint: {}", printable(hint))?;
         }
         Ok(())
     }
@@ -61,7 +66,7 @@ impl fmt::Display for Diagnostic {
 
 /// `text`, in which what a file may hold to confuse a terminal is escaped.
 fn printable(text: &str) -> String {
-    let escape = |c: char| match c.is_control() {
+    let escape = |c: char| match name::is_invisible(c) {
         true => c.escape_default().collect(),
         false => String::from(c),
     };
@@ -71,17 +76,14 @@ fn printable(text: &str) -> String {
 /// The findings of one load.
 #[derive(Debug, Default)]
 pub(crate) struct Report {
+    /// At most [`KEPT_MAX`] errors and as many warnings.
     pub(crate) findings: Vec<Diagnostic>,
+    /// All errors, kept or not.
+    pub(crate) n_errors: usize,
+    n_warnings: usize,
 }
 
 impl Report {
-    pub(crate) fn n_errors(&self) -> usize {
-        self.findings
-            .iter()
-            .filter(|finding| finding.severity == Severity::Error)
-            .count()
-    }
-
     /// Puts the findings of each file in the order of its lines; the files keep their order.
     pub(crate) fn sort(&mut self) {
         let mut files: Vec<String> = Vec::new();
@@ -102,15 +104,22 @@ impl Report {
         message: impl Into<String>,
         hint: impl Into<String>,
     ) {
-        self.findings.push(Diagnostic {
-            severity: Severity::Error,
-            file: file.to_owned(),
-            line: None,
-            column: None,
-            entry: None,
-            message: message.into(),
-            hint: Some(hint.into()),
-        });
+        self.keep(of_file(Severity::Error, file, message.into(), hint.into()));
+    }
+
+    /// A remark about a file as a whole.
+    pub(crate) fn file_warning(
+        &mut self,
+        file: &str,
+        message: impl Into<String>,
+        hint: impl Into<String>,
+    ) {
+        self.keep(of_file(
+            Severity::Warning,
+            file,
+            message.into(),
+            hint.into(),
+        ));
     }
 
     /// A text that is not one YAML document.
@@ -148,7 +157,7 @@ impl Report {
     }
 
     fn push(&mut self, severity: Severity, at: &At<'_>, message: String, hint: String) {
-        self.findings.push(Diagnostic {
+        self.keep(Diagnostic {
             severity,
             file: at.file.to_owned(),
             line: Some(at.place.line),
@@ -157,6 +166,29 @@ impl Report {
             message,
             hint: Some(hint),
         });
+    }
+
+    fn keep(&mut self, finding: Diagnostic) {
+        let n = match finding.severity {
+            Severity::Error => &mut self.n_errors,
+            Severity::Warning => &mut self.n_warnings,
+        };
+        *n += 1;
+        if *n <= KEPT_MAX {
+            self.findings.push(finding);
+        }
+    }
+}
+
+fn of_file(severity: Severity, file: &str, message: String, hint: String) -> Diagnostic {
+    Diagnostic {
+        severity,
+        file: file.to_owned(),
+        line: None,
+        column: None,
+        entry: None,
+        message,
+        hint: Some(hint),
     }
 }
 

@@ -147,7 +147,7 @@ fn draft(source: &Source, file: &str, index: usize, item: &Node, report: &mut Re
         );
         return draft;
     };
-    let n_errors_before = report.n_errors();
+    let n_errors_before = report.n_errors;
     let index_who = draft.who.clone();
     let key = Fields {
         file,
@@ -203,7 +203,7 @@ fn draft(source: &Source, file: &str, index: usize, item: &Node, report: &mut Re
     );
     read.unknown_and_repeated();
 
-    if report.n_errors() == n_errors_before {
+    if report.n_errors == n_errors_before {
         draft.entry = (|| {
             let sidecar = |pair: &Option<(Named, Named)>| {
                 pair.as_ref().map(|(from, to)| Sidecar {

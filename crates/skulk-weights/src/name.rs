@@ -36,8 +36,14 @@ pub(crate) fn is_output_name(text: &str) -> bool {
         && !stem.starts_with(['-', '.', ' '])
         && !stem.ends_with([' ', '.'])
         && !text.chars().any(|c| {
-            c.is_control() || matches!(c, '/' | '\\' | ':' | '*' | '?' | '"' | '<' | '>' | '|')
+            is_invisible(c) || matches!(c, '/' | '\\' | ':' | '*' | '?' | '"' | '<' | '>' | '|')
         })
+}
+
+/// A character that shows nothing, or changes how the text around it shows: controls, joiners, directions.
+pub(crate) fn is_invisible(c: char) -> bool {
+    c.is_control()
+        || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}')
 }
 
 /// The part before the slash.
@@ -145,6 +151,7 @@ mod tests {
                     "-a.vindex",
                     "a.vindex ",
                     "a\n.vindex",
+                    "a\u{202e}b.vindex",
                     "..vindex",
                     "a.vindex.bak",
                     "c:.vindex",

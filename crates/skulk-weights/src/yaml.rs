@@ -1,7 +1,7 @@
 //! Reads one YAML document into a tree in which every node knows its line and column.
 //!
-//! Invariant: a tree is small. The text is at most [`TEXT_BYTES_MAX`], and aliases are expanded to at most
-//! [`NODES_MAX`] nodes, so a hostile file cannot make us use much memory.
+//! Invariant: a tree is small. The text is at most [`TEXT_BYTES_MAX`], aliases are expanded to at most [`NODES_MAX`]
+//! nodes and a mapping has at most [`FIELDS_MAX`] keys, so a hostile file makes us use neither much memory nor much time.
 //!
 //! Plain scalars are read by YAML 1.1, as the manifests in the field were written for it: an unquoted `yes` is a
 //! boolean and `12:30` a number. Tags outside the core schema are refused; nothing is constructed from them.
@@ -14,6 +14,8 @@ use serde_saphyr::granit_parser::{Event, Marker, Parser, ScalarStyle, StrInput, 
 pub(crate) const TEXT_BYTES_MAX: u64 = 4 << 20;
 /// The most nodes that a document may have once its aliases are expanded.
 const NODES_MAX: usize = 200_000;
+/// The most keys of one mapping; they are looked up one after the other.
+const FIELDS_MAX: usize = 1000;
 /// The deepest nesting of lists and mappings.
 const DEPTH_MAX: usize = 100;
 
@@ -216,6 +218,9 @@ impl<'a> Reader<'a> {
             if matches!(event, Event::MappingEnd) {
                 break;
             }
+            if mapping.fields.len() + mapping.repeated.len() >= FIELDS_MAX {
+                return Err(too_many_keys(place));
+            }
             let is_merge =
                 matches!(&event, Event::Scalar(text, ScalarStyle::Plain, _, _) if text == "<<");
             let key = self.node(event, place, depth + 1)?;
@@ -242,6 +247,9 @@ impl<'a> Reader<'a> {
             mapping.fields.push(Field { name, place, value });
         }
         for field in merged {
+            if mapping.fields.len() >= FIELDS_MAX {
+                return Err(too_many_keys(field.place));
+            }
             if mapping.get(&field.name).is_none() {
                 mapping.fields.push(field);
             }
@@ -296,26 +304,36 @@ fn scalar(
         Some("bool") => Ok(Value::Other(text, "a boolean")),
         Some("int" | "float") => Ok(Value::Other(text, "a number")),
         Some("timestamp") => Ok(Value::Other(text, "a date")),
-        _ if tag.handle().is_empty() && tag.suffix() == "!"
-            || tag.handle() == "!" && tag.suffix().is_empty() =>
-        {
-            Ok(Value::String(text))
-        }
+        _ if is_unspecific(tag) => Ok(Value::String(text)),
         _ => Err(unknown_tag(tag, place)),
     }
 }
 
 fn known_tag(tag: Option<&Tag>, expected: &str, place: Place) -> Result<(), SyntaxError> {
     match tag {
-        Some(tag) if tag.core_suffix() != Some(expected) => Err(unknown_tag(tag, place)),
+        Some(tag) if tag.core_suffix() != Some(expected) && !is_unspecific(tag) => {
+            Err(unknown_tag(tag, place))
+        }
         _ => Ok(()),
     }
+}
+
+/// Whether the tag is a lone `!`, which leaves the kind of the node as it is written.
+fn is_unspecific(tag: &Tag) -> bool {
+    tag.handle().is_empty() && tag.suffix() == "!" || tag.handle() == "!" && tag.suffix().is_empty()
 }
 
 fn too_many(place: Place) -> SyntaxError {
     SyntaxError {
         place,
         message: format!("more than {NODES_MAX} values, counting what aliases repeat"),
+    }
+}
+
+fn too_many_keys(place: Place) -> SyntaxError {
+    SyntaxError {
+        place,
+        message: format!("more than {FIELDS_MAX} keys in one mapping"),
     }
 }
 
@@ -565,6 +583,33 @@ mod tests {
             let error = parse(text).unwrap_err();
             assert_eq!(error.place.line, line, "{text:?}: {error:?}");
             assert!(error.message.contains(words), "{text:?}: {error:?}");
+        }
+    }
+
+    #[test]
+    fn a_lone_exclamation_mark_leaves_a_list_a_list() {
+        let Value::Mapping(root) = parse("a: !\n- x\nb: ! 12\n").unwrap().value else {
+            panic!()
+        };
+        assert!(
+            matches!(&root.get("a").unwrap().value.value, Value::List(items) if items.len() == 1)
+        );
+        assert!(matches!(&root.get("b").unwrap().value.value, Value::String(text) if text == "12"));
+    }
+
+    #[test]
+    fn a_mapping_of_very_many_keys_is_refused() {
+        let keys: String = (0..=FIELDS_MAX).map(|i| format!("k{i}: 1\n")).collect();
+        let repeated = "k: 1\n".repeat(2 * FIELDS_MAX);
+        let sources: String = (0..FIELDS_MAX).map(|i| format!("a{i}: 1, ")).collect();
+        let merged = format!("x: &x {{{sources}}}\ny: {{<<: *x, b: 1}}\n");
+        for text in [keys, repeated, merged] {
+            assert!(
+                parse(&text)
+                    .unwrap_err()
+                    .message
+                    .contains("keys in one mapping")
+            );
         }
     }
 

@@ -448,3 +448,29 @@ fn a_name_cannot_confuse_the_terminal() {
         "{text}"
     );
 }
+
+#[test]
+fn of_very_many_findings_the_first_are_kept_and_all_errors_counted() {
+    let text = format!(
+        "models:\n- {{note: 1}}\n{}",
+        "- {key: x, a: 1}\n".repeat(3 * KEPT_MAX)
+    );
+    let invalid = load_manifest(&text).unwrap_err();
+    assert!(invalid.n_errors > 3 * KEPT_MAX);
+    assert_eq!(invalid.findings.len(), 2 * KEPT_MAX);
+    assert!(
+        invalid
+            .to_string()
+            .ends_with("errors; the first 500 are shown"),
+        "{invalid}"
+    );
+}
+
+#[test]
+fn what_a_file_holds_reaches_no_terminal_as_it_is() {
+    let text = "models:\n- key: a\n  hf_repo: \"\\e[31m\\u202Eacme\"\n";
+    for finding in load_manifest(text).unwrap_err().findings {
+        let shown = finding.to_string().replace('\n', "");
+        assert!(!shown.contains(crate::name::is_invisible), "{shown:?}");
+    }
+}
