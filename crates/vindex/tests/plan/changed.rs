@@ -121,3 +121,11 @@ impl Source for Changed {
         }
     }
 }
+
+/// Errors under what was wrong, as a snapshot keeps them.
+pub(super) fn told(errors: &[(&str, String)]) -> String {
+    let lines = errors.iter();
+    lines
+        .map(|(what, error)| format!("{what}:\n  {error}\n"))
+        .collect()
+}

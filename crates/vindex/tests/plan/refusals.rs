@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 use vindex::Checkpoint;
 
-use super::changed::{Changed, ONE};
+use super::changed::{Changed, ONE, told};
 
 const O: &str = "model.layers.0.self_attn.o_proj.weight";
 const Q: &str = "model.layers.0.self_attn.q_proj.weight";
@@ -81,11 +81,7 @@ fn headers_that_lie_are_refused_with_file_and_tensor() {
                 .error(),
         ),
     ];
-    let text: String = errors
-        .iter()
-        .map(|(what, error)| format!("{what}:\n  {error}\n"))
-        .collect();
-    insta::assert_snapshot!(text);
+    insta::assert_snapshot!(told(&errors));
 }
 
 #[test]
@@ -224,11 +220,7 @@ fn checkpoints_that_do_not_fit_together_are_refused() {
                 .error(),
         ),
     ];
-    let text: String = errors
-        .iter()
-        .map(|(what, error)| format!("{what}:\n  {error}\n"))
-        .collect();
-    insta::assert_snapshot!(text);
+    insta::assert_snapshot!(told(&errors));
 }
 
 proptest! {

@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 use vindex::{MetaValue, Plan, RopeScaling};
 
-use super::changed::{Changed, ONE};
+use super::changed::{Changed, ONE, told};
 
 fn with(family: &str, change: impl FnOnce(&mut Value)) -> Changed {
     Changed::family(family).json("config.json", change)
@@ -179,9 +179,5 @@ fn what_the_forward_pass_cannot_follow_is_refused() {
                 .error(),
         ),
     ];
-    let text: String = errors
-        .iter()
-        .map(|(what, error)| format!("{what}:\n  {error}\n"))
-        .collect();
-    insta::assert_snapshot!(text);
+    insta::assert_snapshot!(told(&errors));
 }
