@@ -25,19 +25,7 @@ pub(crate) enum Item {
 /// The sources that `text`, the config at `path`, lists. `home` is what `~` stands for.
 pub(crate) fn read(path: &Path, text: &str, home: Option<&Path>, report: &mut Report) -> Vec<Item> {
     let file = path.display().to_string();
-    let root = match crate::yaml::parse(text) {
-        Ok(root) => root,
-        Err(error) => {
-            report.syntax(&file, error);
-            return Vec::new();
-        }
-    };
-    let Value::Mapping(top) = &root.value else {
-        report.file_error(
-            &file,
-            "must contain a top-level mapping",
-            format!("it holds {}; start it with `catalogs:`", root.kind()),
-        );
+    let Some(top) = report.mapping(&file, text, "catalogs") else {
         return Vec::new();
     };
     for field in top

@@ -8,7 +8,7 @@ use std::fmt;
 use serde::Serialize;
 
 use crate::name;
-use crate::yaml::{Place, SyntaxError};
+use crate::yaml::{self, Mapping, Node, Place, Value};
 
 /// The most errors, and the most warnings, that are kept of one load.
 pub(crate) const KEPT_MAX: usize = 500;
@@ -122,18 +122,33 @@ impl Report {
         ));
     }
 
-    /// A text that is not one YAML document.
-    pub(crate) fn syntax(&mut self, file: &str, error: SyntaxError) {
-        let at = At {
-            file,
-            place: error.place,
-            entry: None,
-        };
-        self.error(
-            &at,
-            format!("not readable as YAML: {}", error.message),
-            "correct the text at this line; nothing else in the file was checked",
-        );
+    /// The mapping that `text`, the whole of `file`, holds; `None` when it holds none, which is reported. `first` is the
+    /// key that such a file begins with.
+    pub(crate) fn mapping(&mut self, file: &str, text: &str, first: &str) -> Option<Mapping> {
+        match yaml::parse(text) {
+            Ok(Node {
+                value: Value::Mapping(mapping),
+                ..
+            }) => return Some(mapping),
+            Ok(root) => self.file_error(
+                file,
+                "must contain a top-level mapping",
+                format!("it holds {}; start it with `{first}:`", root.kind()),
+            ),
+            Err(error) => {
+                let at = At {
+                    file,
+                    place: error.place,
+                    entry: None,
+                };
+                self.error(
+                    &at,
+                    format!("not readable as YAML: {}", error.message),
+                    "correct the text at this line; nothing else in the file was checked",
+                );
+            }
+        }
+        None
     }
 
     /// A finding without which the catalog would be usable.

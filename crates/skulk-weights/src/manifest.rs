@@ -52,19 +52,7 @@ pub(crate) struct Draft {
 /// Reads the entries of `text`, which belongs to `source`; everything that is wrong goes into `report`.
 pub(crate) fn read(source: &Source, text: &str, report: &mut Report) -> Vec<Draft> {
     let file = source.label();
-    let root = match crate::yaml::parse(text) {
-        Ok(root) => root,
-        Err(error) => {
-            report.syntax(&file, error);
-            return Vec::new();
-        }
-    };
-    let Value::Mapping(top) = &root.value else {
-        report.file_error(
-            &file,
-            "must contain a top-level mapping",
-            format!("it holds {}; start it with `models:`", root.kind()),
-        );
+    let Some(top) = report.mapping(&file, text, "models") else {
         return Vec::new();
     };
     let Some(models) = top.get("models") else {
