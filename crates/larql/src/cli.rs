@@ -59,7 +59,7 @@ pub(crate) struct Extract {
     /// Threads that encode [default: one for each processor]
     #[arg(long, value_name = "N")]
     pub(crate) threads: Option<NonZeroUsize>,
-    /// Take weights that are NaN or infinite, and count them
+    /// Take weights that are NaN, infinite or too large for their type, and count them
     #[arg(long)]
     pub(crate) allow_nonfinite: bool,
     /// Remove the vindex, or the unfinished extraction, that is in the output directory

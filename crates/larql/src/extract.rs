@@ -156,7 +156,7 @@ pub(crate) fn show(meter: &Meter, progress: Progress) {
             count,
         } => {
             meter.warn(format_args!(
-                "{file}: tensor {tensor} holds {count} values that are NaN or infinite"
+                "{file}: tensor {tensor} holds {count} values that are NaN, infinite or too large for their type"
             ));
         }
         _ => {}

@@ -32,6 +32,7 @@ pub(crate) fn publish(
     if args.dry_run {
         return dry_run(plan, args.inspect, environment, output);
     }
+    output.text(plan.to_string().trim_end())?;
     let settings = environment.hub_settings()?;
     if settings.token.is_none() {
         return Err(Failure::new("HF_TOKEN is required for non-dry-run publishing")

@@ -187,10 +187,10 @@ pub enum Error {
         /// What an unprivileged process may still write there.
         available_bytes: u64,
     },
-    /// Weights hold NaN or infinity.
+    /// Weights hold NaN or infinity, or would become infinite in the type that they are stored in.
     #[error(
-        "{file}: tensor {tensor} holds {count} values that are NaN or infinite; \
-         the checkpoint is damaged, or allow non-finite values"
+        "{file}: tensor {tensor} holds {count} values that are NaN, infinite or too large for the type they are \
+         stored in; the checkpoint is damaged, or take a wider recipe, or allow non-finite values"
     )]
     NonFinite {
         /// File of the checkpoint.

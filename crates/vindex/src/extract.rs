@@ -79,7 +79,7 @@ pub enum Progress {
         /// Its length.
         size_bytes: u64,
     },
-    /// A tensor with values that are NaN or infinite was stored, as was allowed.
+    /// A tensor with values that are NaN, infinite or too large for their type was stored, as was allowed.
     NonFinite {
         /// File of the checkpoint.
         file: String,

@@ -46,7 +46,7 @@ struct Summary {
     left_out: Vec<String>,
 }
 
-/// Inspects the plan, prints it, and carries it out; an interrupt ends it, and larql with it.
+/// Inspects the plan, prints what that adds, and carries it out; an interrupt ends it, and larql with it.
 pub(crate) async fn publish(request: Request) -> Result<(), Failure> {
     tokio::select! {
         done = carry_out(request) => done,
@@ -75,7 +75,7 @@ async fn carry_out(request: Request) -> Result<(), Failure> {
         .map_err(|error: hub::Error| Failure::new("cannot publish").cause(error))?;
     let inspection = inspect::inspect(&plan, &hub, Some(&larql)).await;
     plan.inspection = Some(inspection.clone());
-    output.text(plan.to_string().trim_end())?;
+    output.text(inspection.to_string().trim_end())?;
     if let Some(refusal) = inspection.target.refusal {
         return Err(Failure::new(format!("cannot publish to {repo}: {refusal}"))
             .hint("nothing was extracted"));

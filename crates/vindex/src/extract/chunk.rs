@@ -187,7 +187,8 @@ impl<'a> Job<'a> {
     }
 
     /// The blocks of `chunk`, whose bytes in the checkpoint are `raw`, are put into `blocks`, followed by the
-    /// padding after the tensor's last chunk. `tile` is scratch. Returns how many values were NaN or infinite.
+    /// padding after the tensor's last chunk. `tile` is scratch. Returns how many values are NaN,
+    /// infinite, or too large for the type that they are stored in.
     pub(crate) fn encode(
         &self,
         chunk: &Chunk,
@@ -208,7 +209,7 @@ impl<'a> Job<'a> {
         let (dtype, transform) = match &self.tensor.values {
             Values::Computed { values } => {
                 quant::encode(block_type, values, blocks);
-                return n_nonfinite(values);
+                return n_nonfinite(block_type, values);
             }
             Values::Checkpoint { transform, .. } => (self.sources[chunk.source].dtype, *transform),
         };
@@ -229,7 +230,7 @@ impl<'a> Job<'a> {
             if transform == Transform::AddOne {
                 values.iter_mut().for_each(|v| *v += 1.0);
             }
-            n_bad += n_nonfinite(values);
+            n_bad += n_nonfinite(block_type, values);
             quant::encode(block_type, values, blocks);
         }
         n_bad
@@ -325,17 +326,58 @@ pub(crate) fn fit(buffer: &mut Vec<u8>, len: usize) {
     buffer.truncate(len);
 }
 
-fn n_nonfinite(values: &[f32]) -> u64 {
-    const EXPONENT: u32 = 0x7f80_0000;
-    // Counted in 32 bits a piece, which the compiler turns into vector instructions.
+/// How many values have no finite value of `block_type` that is near them. The K-quants and their like clamp.
+fn n_nonfinite(block_type: BlockType, values: &[f32]) -> u64 {
+    // From here on, rounding to nearest goes to infinity.
+    let limit = match block_type {
+        BlockType::F16 => 65_520.0_f32,
+        BlockType::BF16 => f32::from_bits(0x7f7f_8000),
+        _ => f32::INFINITY,
+    };
+    // Of numbers without sign, the bits are in order, NaN last. Counted in 32 bits a piece, which the compiler turns
+    // into vector instructions.
+    let limit = limit.to_bits();
     let n_bad = |piece: &[f32]| {
         piece
             .iter()
-            .map(|v| u32::from(v.to_bits() & EXPONENT == EXPONENT))
+            .map(|v| u32::from(v.abs().to_bits() >= limit))
             .sum::<u32>()
     };
     values
         .chunks(1 << 20)
         .map(|piece| u64::from(n_bad(piece)))
         .sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_rounds_to_infinity_is_counted_as_infinite() {
+        let values = [
+            65_504.0,
+            -65_519.9,
+            65_520.0,
+            f32::MAX,
+            f32::NAN,
+            f32::NEG_INFINITY,
+        ];
+        for (block_type, expected) in [
+            (BlockType::F16, 4),
+            (BlockType::BF16, 3),
+            (BlockType::F32, 2),
+            (BlockType::Q4_K, 2),
+        ] {
+            assert_eq!(n_nonfinite(block_type, &values), expected, "{block_type}");
+            if block_type.block_len() == 1 {
+                let mut blocks = vec![0; values.len() * block_type.block_bytes()];
+                quant::encode(block_type, &values, &mut blocks);
+                let mut stored = [0.0; 6];
+                quant::decode(block_type, &blocks, &mut stored);
+                let n_stored = stored.iter().filter(|v| !v.is_finite()).count();
+                assert_eq!(n_stored as u64, expected, "{block_type}");
+            }
+        }
+    }
 }
