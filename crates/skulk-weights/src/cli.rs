@@ -25,14 +25,14 @@ pub(crate) struct Cli {
     pub(crate) command: Command,
 }
 
-/// Options of every command.
+/// Options of every command; the catalog is named before the command.
 #[derive(Debug, Args)]
 pub(crate) struct Global {
     /// The operator config with the catalog sources [default: ./skulk-weights.yaml, else the built-in catalog]
-    #[arg(long, value_name = "PATH", global = true)]
+    #[arg(long, value_name = "PATH")]
     pub(crate) config: Option<PathBuf>,
     /// Use this manifest alone, without namespaces and owners
-    #[arg(long, value_name = "PATH", global = true, conflicts_with = "config")]
+    #[arg(long, value_name = "PATH", conflicts_with = "config")]
     pub(crate) manifest: Option<PathBuf>,
     /// Tell results as JSON on standard output
     #[arg(long, global = true)]

@@ -33,7 +33,7 @@ use std::io;
 use std::path::Path;
 use std::process::ExitCode;
 
-use clap::{CommandFactory, Parser};
+use clap::Parser;
 use terminal::{Failure, Output};
 
 use catalog::Catalog;
@@ -51,13 +51,6 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: &Cli, output: Output) -> Result<(), Failure> {
-    // clap does not hold options against each other that stand on both sides of the command.
-    if cli.global.config.is_some() && cli.global.manifest.is_some() {
-        let message = "the argument '--manifest <PATH>' cannot be used with '--config <PATH>'";
-        Cli::command()
-            .error(clap::error::ErrorKind::ArgumentConflict, message)
-            .exit();
-    }
     let environment = Environment::of_process()?;
     let view = cli.global.view();
     let load = || Catalog::load(&view, &environment.working_dir, environment.home.as_deref());
