@@ -18,7 +18,7 @@ use serde_json::json;
 use sha1::Digest as _;
 use sha2::Sha256;
 
-use crate::content::{git_hasher, git_oid_of, hex, is_sha256, sha256_of};
+use crate::content::{git_hasher, git_oid_of, is_sha256, sha256_of};
 use crate::download::blocking;
 use crate::lfs::{self, Object};
 use crate::retry::Patience;
@@ -387,9 +387,11 @@ impl Prepared<'_> {
             return Ok(sha256 == &*self.object.sha256);
         }
         let oid = match self.object.content {
-            Content::Bytes(bytes) => hex(&git_hasher(bytes.len() as u64)
-                .chain_update(bytes)
-                .finalize()),
+            Content::Bytes(bytes) => hex::encode(
+                git_hasher(bytes.len() as u64)
+                    .chain_update(bytes)
+                    .finalize(),
+            ),
             Content::File(path) => {
                 blocking("read", path, |path| git_oid_of(std::fs::File::open(path)?)).await?
             }
@@ -414,7 +416,7 @@ impl Prepared<'_> {
                 .await?
             }
         };
-        let got = hex(&Sha256::digest(&bytes));
+        let got = hex::encode(Sha256::digest(&bytes));
         if got != *object.sha256 {
             return Err(object.changed(format!("sha256 {} announced, {got} read", object.sha256)));
         }
@@ -474,7 +476,7 @@ async fn prepare<'a>(
                 });
             }
             (Some(sha256), _) => sha256.as_str().into(),
-            (None, Content::Bytes(bytes)) => hex(&Sha256::digest(bytes)).into(),
+            (None, Content::Bytes(bytes)) => hex::encode(Sha256::digest(bytes)).into(),
             (None, Content::File(path)) => {
                 let sha256 =
                     blocking("read", path, |path| sha256_of(std::fs::File::open(path)?)).await?;

@@ -18,20 +18,6 @@ pub(crate) fn git_hasher(size_bytes: u64) -> Sha1 {
     hasher
 }
 
-/// Lower-case hex.
-pub(crate) fn hex(bytes: &[u8]) -> String {
-    const DIGITS: &[u8; 16] = b"0123456789abcdef";
-    bytes
-        .iter()
-        .flat_map(|b| {
-            [
-                DIGITS[usize::from(b >> 4)] as char,
-                DIGITS[usize::from(b & 15)] as char,
-            ]
-        })
-        .collect()
-}
-
 /// Whether `text` is a sha256 in lower-case hex.
 pub(crate) fn is_sha256(text: &str) -> bool {
     text.len() == 64 && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
@@ -53,7 +39,7 @@ fn hash<D: Digest>(mut file: File, mut hasher: D) -> io::Result<String> {
     let mut buf = vec![0; READ_BYTES];
     loop {
         match file.read(&mut buf)? {
-            0 => return Ok(hex(&hasher.finalize())),
+            0 => return Ok(hex::encode(hasher.finalize())),
             n => hasher.update(&buf[..n]),
         }
     }

@@ -25,7 +25,6 @@ use tokio::io::{AsyncReadExt, AsyncSeekExt};
 use tokio_util::io::ReaderStream;
 
 use crate::commit::{Content, Upload};
-use crate::content::hex;
 use crate::retry::Patience;
 use crate::wire::{About, Ask, Failure, Wire, too_slow};
 use crate::{Error, RepoId, xet};
@@ -434,7 +433,7 @@ impl Sending<'_> {
             )));
         }
         if range.end == size_bytes && n_bytes == range.end - range.start {
-            let got = hex(&hasher.clone().finalize());
+            let got = hex::encode(hasher.clone().finalize());
             if got != *self.object.sha256 {
                 return Err(self.object.changed(format!(
                     "sha256 {} announced, {got} read",

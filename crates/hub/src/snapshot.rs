@@ -67,6 +67,21 @@ impl Hub {
         self.snapshot_at(repo, &commit).await
     }
 
+    /// The head of a repository; `None` when there is no such repository, or nothing in it.
+    ///
+    /// # Errors
+    /// As [`Hub::snapshot`].
+    pub async fn head(&self, repo: &RepoId) -> Result<Option<Snapshot>, Error> {
+        match self.model_info(repo, None).await {
+            Ok(info) => match info.sha {
+                Some(commit) => self.snapshot_at(repo, &commit).await.map(Some),
+                None => Ok(None),
+            },
+            Err(Error::RepoNotFound { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
     /// The repository at a commit that is known already.
     ///
     /// # Errors

@@ -9,7 +9,7 @@ use std::fmt;
 use std::fs;
 use std::path::Path;
 
-use hub::{Addition, CommitRequest, Content, Hub, RepoId, Snapshot, Upload};
+use hub::{Addition, CommitRequest, Content, Hub, Snapshot, Upload};
 use serde::Serialize;
 use terminal::{Failure, Meter, size};
 use vindex::{
@@ -181,7 +181,7 @@ async fn compare(
     files: &mut Vec<SliceFile>,
 ) -> Result<Changes, Failure> {
     let asking = || Failure::of(format!("cannot see what {} holds", args.repo));
-    let remote = head(hub, &args.repo).await.map_err(asking())?;
+    let remote = hub.head(&args.repo).await.map_err(asking())?;
     let mut changes = Changes {
         repo: args.repo.to_string(),
         head: remote.as_ref().map(|remote| remote.commit().to_string()),
@@ -233,17 +233,6 @@ async fn compare(
     }
     files.retain(|file| !(kept_provenance && file.name == PROVENANCE_FILE));
     Ok(changes)
-}
-
-/// The head of a repository; `None` when there is none, or nothing in it.
-async fn head(hub: &Hub, repo: &RepoId) -> Result<Option<Snapshot>, hub::Error> {
-    match hub.model_info(repo, None).await {
-        Ok(hub::ModelInfo {
-            sha: Some(commit), ..
-        }) => hub.snapshot_at(repo, &commit).await.map(Some),
-        Ok(_) | Err(hub::Error::RepoNotFound { .. }) => Ok(None),
-        Err(error) => Err(error),
-    }
 }
 
 /// The vindex of a repository; `None` when it holds none that we can read.

@@ -11,7 +11,6 @@ use tempfile::NamedTempFile;
 
 use crate::Error;
 use crate::disk::Disk;
-use crate::names::hex;
 
 /// Bytes on their way into the store, hashed as they come.
 pub(crate) struct Spool {
@@ -37,7 +36,7 @@ impl Spool {
 
     /// Stores the bytes under their hash, which is returned.
     pub(crate) fn store(self, disk: &Disk) -> Result<String, Error> {
-        let sha256 = hex(&self.sha256.finalize());
+        let sha256 = hex::encode(self.sha256.finalize());
         place(disk, self.temp, &sha256)?;
         Ok(sha256)
     }
@@ -45,7 +44,11 @@ impl Spool {
     /// Stores the bytes if they are what was announced; else nothing is stored.
     pub(crate) fn store_as(self, disk: &Disk, sha256: &str, size_bytes: u64) -> Result<(), Error> {
         check("size", size_bytes.to_string(), self.size_bytes.to_string())?;
-        check("sha256", sha256.to_owned(), hex(&self.sha256.finalize()))?;
+        check(
+            "sha256",
+            sha256.to_owned(),
+            hex::encode(self.sha256.finalize()),
+        )?;
         place(disk, self.temp, sha256)
     }
 }
@@ -69,7 +72,7 @@ pub(crate) fn store_file(
         read_bytes += n as u64;
     }
     check("size", size_bytes.to_string(), read_bytes.to_string())?;
-    check("sha256", sha256.to_owned(), hex(&hash.finalize()))?;
+    check("sha256", sha256.to_owned(), hex::encode(hash.finalize()))?;
     place(disk, temp, sha256)
 }
 

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use sha1::{Digest, Sha1};
 
 use crate::disk::{self, Disk};
-use crate::names::{check_path, hex};
+use crate::names::check_path;
 use crate::{Error, blobs};
 
 /// Every file of a commit by its path.
@@ -82,7 +82,7 @@ fn git_blob_id(content: &[u8]) -> String {
     let mut sha1 = Sha1::new();
     sha1.update(format!("blob {}\0", content.len()));
     sha1.update(content);
-    hex(&sha1.finalize())
+    hex::encode(sha1.finalize())
 }
 
 /// A state of a repository, and how it came about.
@@ -174,7 +174,7 @@ pub(crate) fn folder_id(tree: &Tree, prefix: &str) -> String {
     for (path, entry) in below(tree, prefix) {
         sha1.update(format!("{}\0{}\0", &path[prefix.len()..], entry.oid));
     }
-    hex(&sha1.finalize())
+    hex::encode(sha1.finalize())
 }
 
 /// Writes a tree or a commit below `dir` under the sha1 of its text, which is returned.
@@ -184,7 +184,7 @@ pub(crate) fn write_object<T: Serialize>(
     object: &T,
 ) -> Result<String, Error> {
     let bytes = serde_json::to_vec(object).map_err(|e| Error::corrupt(dir, e))?;
-    let id = hex(&Sha1::digest(&bytes));
+    let id = hex::encode(Sha1::digest(&bytes));
     let target = dir.join(&id);
     if !target.exists() {
         disk.write(&target, &bytes)?;

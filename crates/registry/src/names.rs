@@ -191,23 +191,9 @@ pub(crate) fn is_hex(text: &str, len: usize) -> bool {
     text.len() == len && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
 }
 
-/// Lower-case hex of any bytes.
-pub(crate) fn hex(bytes: &[u8]) -> String {
-    const DIGITS: &[u8; 16] = b"0123456789abcdef";
-    bytes
-        .iter()
-        .flat_map(|b| {
-            [
-                DIGITS[usize::from(b >> 4)] as char,
-                DIGITS[usize::from(b & 15)] as char,
-            ]
-        })
-        .collect()
-}
-
 /// `n` random bytes from the operating system, in hex.
 pub(crate) fn random_hex<const N: usize>() -> String {
-    hex(&random::<N>())
+    hex::encode(random::<N>())
 }
 
 /// `n` random bytes from the operating system.

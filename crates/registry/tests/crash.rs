@@ -163,7 +163,7 @@ async fn write_once(url: &str, round: u64, writer: u64, n: u64) -> Result<String
         let file = json!({"key": "file", "value": {"path": path, "content": String::from_utf8_lossy(&content), "encoding": "utf-8"}});
         return commit(url, format!("{header}\n{file}\n")).await;
     }
-    let oid = hex(&Sha256::digest(&content));
+    let oid = hex::encode(Sha256::digest(&content));
     let object = json!({"oid": oid, "size": content.len()});
     let body =
         json!({"operation": "upload", "transfers": ["basic", "multipart"], "objects": [object]});
@@ -226,7 +226,7 @@ fn check(root: &Path, acknowledged: &[String]) {
     let repo = root.join("repos/models/me/model");
     for folder in ["commits", "trees"] {
         for (name, bytes) in files(&repo.join(folder)) {
-            assert_eq!(name, hex(&Sha1::digest(&bytes)), "{folder}/{name}");
+            assert_eq!(name, hex::encode(Sha1::digest(&bytes)), "{folder}/{name}");
         }
     }
     let mut blobs = HashSet::new();
@@ -234,7 +234,7 @@ fn check(root: &Path, acknowledged: &[String]) {
         let folder = folder.unwrap().path();
         for (name, bytes) in files(&folder) {
             let id = format!("{}{name}", folder.file_name().unwrap().to_str().unwrap());
-            assert_eq!(id, hex(&Sha256::digest(&bytes)));
+            assert_eq!(id, hex::encode(Sha256::digest(&bytes)));
             blobs.insert(id);
         }
     }
@@ -272,8 +272,4 @@ fn files(folder: &Path) -> Vec<(String, Vec<u8>)> {
         )
     };
     fs::read_dir(folder).unwrap().map(read).collect()
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

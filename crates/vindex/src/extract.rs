@@ -24,7 +24,7 @@ use sha2::{Digest, Sha256};
 
 use crate::error::Error;
 use crate::gguf;
-use crate::index::{FORMAT, INDEX_FILE, Index, Part, Tensor, VindexId, hash_range, hex, n_experts};
+use crate::index::{FORMAT, INDEX_FILE, Index, Part, Tensor, VindexId, hash_range, n_experts};
 use crate::open::read_index;
 use crate::plan::Plan;
 use crate::provenance::{PROVENANCE_FILE, Provenance};
@@ -216,7 +216,7 @@ fn digest(source: &dyn Source, plan: &Plan, layout: &Layout<'_>) -> Result<Strin
         sha256.update((piece.len() as u64).to_le_bytes());
         sha256.update(piece);
     }
-    Ok(hex(&sha256.finalize()))
+    Ok(hex::encode(sha256.finalize()))
 }
 
 /// Which parts are finished; `None` when all is, down to `index.json`, and only the journal is left over.

@@ -5,7 +5,7 @@
 //! weights and recipe have the same [`VindexId`] everywhere. Drawn in `docs/vindex.md`.
 
 use std::collections::HashSet;
-use std::fmt::{self, Write as _};
+use std::fmt;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::Path;
@@ -47,7 +47,7 @@ impl VindexId {
 
 impl fmt::Display for VindexId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(&hex(&self.0))
+        f.pad(&hex::encode(self.0))
     }
 }
 
@@ -78,16 +78,6 @@ impl FromStr for VindexId {
         }
         Ok(VindexId(id))
     }
-}
-
-/// Lower-case hex digits.
-pub(crate) fn hex(bytes: &[u8]) -> String {
-    bytes
-        .iter()
-        .fold(String::with_capacity(2 * bytes.len()), |mut text, byte| {
-            let _ = write!(text, "{byte:02x}");
-            text
-        })
 }
 
 fn is_sha256(text: &str) -> bool {
@@ -328,5 +318,5 @@ pub(crate) fn hash_range(
         left -= piece.len() as u64;
         progress(piece.len() as u64);
     }
-    Ok(hex(&sha256.finalize()))
+    Ok(hex::encode(sha256.finalize()))
 }

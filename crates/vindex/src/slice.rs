@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::error::Error;
-use crate::index::{INDEX_FILE, Index, Part, hex};
+use crate::index::{INDEX_FILE, Index, Part};
 use crate::open::Vindex;
 use crate::plan::Component;
 use crate::provenance::PROVENANCE_FILE;
@@ -124,7 +124,7 @@ pub fn slice_files(vindex: &Vindex, slice: Slice) -> Result<Vec<SliceFile>, Erro
     let bytes = |name: &str, bytes: Vec<u8>| SliceFile {
         name: name.to_owned(),
         size_bytes: bytes.len() as u64,
-        sha256: hex(&Sha256::digest(&bytes)),
+        sha256: hex::encode(Sha256::digest(&bytes)),
         content: SliceContent::Bytes(bytes),
     };
     let parts = slice_files_of_index(vindex.index(), slice);

@@ -7,7 +7,7 @@ use hmac::{Hmac, KeyInit, Mac};
 use sha2::Sha256;
 
 use crate::clock;
-use crate::names::{hex, random};
+use crate::names::random;
 
 pub(crate) struct Signer {
     /// As long as a block of SHA-256, in bytes: it is used as it is.
@@ -21,7 +21,7 @@ impl Signer {
 
     /// The signature of `what`, in hex.
     pub(crate) fn sign(&self, what: &str) -> String {
-        hex(&self.mac(what).finalize().into_bytes())
+        hex::encode(self.mac(what).finalize().into_bytes())
     }
 
     /// Whether `signature` is that of `what` and the deadline, in seconds since 1970, has not passed.

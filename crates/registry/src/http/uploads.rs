@@ -23,7 +23,7 @@ use tempfile::{NamedTempFile, TempPath};
 use super::query::Query;
 use super::reply::Refusal;
 use super::{App, Caller, body, repo_id};
-use crate::names::{Kind, RepoId, hex, is_sha256, random_hex};
+use crate::names::{Kind, RepoId, is_sha256, random_hex};
 use crate::{Error, blobs, clock};
 
 const PARTS_MAX: u64 = 10_000;
@@ -282,7 +282,7 @@ pub(crate) async fn put_part(
         }
         .into());
     }
-    let tag = hex(&hash.finalize());
+    let tag = hex::encode(hash.finalize());
     writing.finish(&tag);
     Ok((StatusCode::OK, [(ETAG, format!("\"{tag}\""))]).into_response())
 }

@@ -103,7 +103,7 @@ async fn carry_out(request: Request) -> Result<(), Failure> {
         left_out,
         ..Summary::default()
     };
-    if let Ok(Some(target)) = head(&hub, &repo).await {
+    if let Ok(Some(target)) = hub.head(&repo).await {
         summary.commit = Some(target.commit().to_string());
         summary.vindex = remote_vindex(&target)
             .await
@@ -255,7 +255,7 @@ async fn publish_vindex(
             .cause(error)
             .hint("the extracted vindex is kept; run the same command again")
     };
-    let old = match head(hub, repo).await.map_err(asking)? {
+    let old = match hub.head(repo).await.map_err(asking)? {
         Some(target) => card_of(&target).await.map_err(asking)?,
         None => None,
     };
@@ -274,7 +274,7 @@ async fn publish_vindex(
         failure.hint("see what larql wrote above. The extracted vindex is kept: the same command publishes it without extracting again")
     })?;
 
-    let target = head(hub, repo).await.map_err(asking)?;
+    let target = hub.head(repo).await.map_err(asking)?;
     if let (Some(vindex), Some(target)) = (&vindex, &target)
         && remote_vindex(target).await.map_err(asking)? != Some(vindex.id())
     {
@@ -334,17 +334,6 @@ async fn file_into_collection(
         .hint(
             "only the filing remains: the same command does it, once the collection can be written",
         )),
-    }
-}
-
-/// The head of a repository; `None` when there is none, or nothing in it.
-async fn head(hub: &Hub, repo: &RepoId) -> Result<Option<Snapshot>, hub::Error> {
-    match hub.model_info(repo, None).await {
-        Ok(hub::ModelInfo {
-            sha: Some(commit), ..
-        }) => hub.snapshot_at(repo, &commit).await.map(Some),
-        Ok(_) | Err(hub::Error::RepoNotFound { .. }) => Ok(None),
-        Err(error) => Err(error),
     }
 }
 

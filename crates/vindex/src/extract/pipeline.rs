@@ -25,7 +25,7 @@ use super::chunk::{Chunk, Job, fit};
 use super::journal::{FinishedPart, Journal};
 use super::layout::Layout;
 use crate::error::Error;
-use crate::index::{hex, n_experts};
+use crate::index::n_experts;
 use crate::source::Source;
 
 /// Reads in flight. A source on the network needs several to fill its line; local ones do not mind.
@@ -339,7 +339,7 @@ fn hash(
                 let Some((mut closed, sha256)) = open.take() else {
                     return;
                 };
-                closed.finished.sha256 = hex(&sha256.finalize());
+                closed.finished.sha256 = hex::encode(sha256.finalize());
                 if to_committer.send(closed).is_err() {
                     return;
                 }
@@ -370,7 +370,8 @@ impl ExpertHashes {
         while bytes.len() as u64 >= self.left_bytes {
             let (mine, rest) = bytes.split_at(self.left_bytes as usize);
             self.sha256.update(mine);
-            self.finished.push(hex(&self.sha256.finalize_reset()));
+            self.finished
+                .push(hex::encode(self.sha256.finalize_reset()));
             self.left_bytes = self.expert_bytes;
             bytes = rest;
         }
