@@ -7,7 +7,7 @@
 use std::future::Future;
 
 use hub::{Hub, Settings};
-use terminal::{Failure, INTERRUPTED, Output};
+use terminal::{Failure, INTERRUPTED, Output, tell};
 use tokio::runtime::Runtime;
 
 /// The surroundings of a command.
@@ -46,7 +46,7 @@ impl Context {
     pub(crate) fn on_interrupt(&self, state: &'static str) {
         self.runtime.spawn(async move {
             if tokio::signal::ctrl_c().await.is_ok() {
-                eprintln!("interrupted: {state}");
+                tell(format_args!("interrupted: {state}"));
                 std::process::exit(INTERRUPTED.into());
             }
         });

@@ -9,10 +9,7 @@ use std::path::Path;
 
 use sha2::{Digest, Sha256};
 use terminal::Failure;
-use vindex::{INDEX_FILE, PROVENANCE_FILE, SLICE_FILE};
-
-/// The journal of an extraction that did not finish.
-pub(crate) const JOURNAL_FILE: &str = "extract.journal";
+use vindex::{INDEX_FILE, JOURNAL_FILE, PROVENANCE_FILE, SLICE_FILE};
 
 /// Removes the vindex, or the beginning of one, that is in `dir`.
 pub(crate) fn clear(dir: &Path) -> Result<(), Failure> {

@@ -11,7 +11,7 @@ use std::path::Path;
 
 use hub::{Addition, CommitRequest, Content, Hub, Snapshot, Upload};
 use serde::Serialize;
-use terminal::{Failure, Meter, size};
+use terminal::{Failure, Meter, size, tell};
 use vindex::{
     INDEX_FILE, Index, PROVENANCE_FILE, Progress, Provenance, SliceContent, SliceFile, Vindex,
     VindexId,
@@ -156,7 +156,7 @@ async fn check_card(hub: &Hub, path: &Path) -> Result<(), Failure> {
     match hub.validate_card(&text).await {
         Ok(warnings) => warnings
             .iter()
-            .for_each(|warning| eprintln!("warning: the card {}: {warning}", path.display())),
+            .for_each(|warning| tell(format_args!("warning: the card {}: {warning}", path.display()))),
         Err(error @ hub::Error::Card { .. }) => {
             return Err(Failure::new(format!(
                 "the card {} cannot be published; nothing was sent",
@@ -164,10 +164,10 @@ async fn check_card(hub: &Hub, path: &Path) -> Result<(), Failure> {
             ))
             .cause(error));
         }
-        Err(error) => eprintln!(
+        Err(error) => tell(format_args!(
             "warning: the card {} could not be checked: {error}",
             path.display()
-        ),
+        )),
     }
     Ok(())
 }

@@ -10,13 +10,13 @@ use std::{fs, io};
 use hub::{Download, Downloaded, Snapshot};
 use terminal::{Failure, Meter, size};
 use vindex::{
-    INDEX_FILE, Index, PROVENANCE_FILE, Part, SLICE_FILE, Slice, Vindex, VindexId,
+    INDEX_FILE, Index, JOURNAL_FILE, PROVENANCE_FILE, Part, SLICE_FILE, Slice, Vindex, VindexId,
     slice_files_of_index,
 };
 
 use crate::cli::Pull;
 use crate::context::Context;
-use crate::directory::{self, JOURNAL_FILE, sha256};
+use crate::directory::{self, sha256};
 use crate::publish::TEXT_BYTES_MAX;
 
 /// Fetches what is missing of a slice.

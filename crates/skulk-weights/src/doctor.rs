@@ -65,7 +65,7 @@ pub(crate) fn doctor(
         if check.ok {
             output.text(&check.message)?;
         } else {
-            eprintln!("{}", check.message);
+            terminal::tell(&check.message);
         }
     }
     let ok = checks.iter().all(|check| check.ok);

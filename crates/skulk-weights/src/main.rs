@@ -59,7 +59,7 @@ fn run(cli: &Cli, output: Output) -> Result<(), Failure> {
         catalog
             .warnings
             .iter()
-            .for_each(|warning| eprintln!("{warning}"));
+            .for_each(terminal::tell);
         Ok::<_, Failure>(catalog)
     };
     match &cli.command {
@@ -76,7 +76,7 @@ fn run(cli: &Cli, output: Output) -> Result<(), Failure> {
             catalog
                 .iter()
                 .flat_map(|catalog| &catalog.warnings)
-                .for_each(|warning| eprintln!("{warning}"));
+                .for_each(terminal::tell);
             doctor::doctor(args, &view, catalog.as_ref(), &environment, output)
         }
         Command::Registry(cli::Registry::Serve {

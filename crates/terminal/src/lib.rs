@@ -13,7 +13,7 @@ use std::process::ExitCode;
 
 pub use failure::Failure;
 pub use meter::{Meter, size};
-pub use output::{Output, json_line, write};
+pub use output::{Output, json_line, tell, write};
 
 /// Exit status of a program that an interrupt ended.
 pub const INTERRUPTED: u8 = 130;
@@ -25,6 +25,8 @@ pub fn start_logging() {
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(io::stderr)
+        // It would panic where nobody reads standard error.
+        .log_internal_errors(false)
         .init();
 }
 
@@ -32,14 +34,10 @@ pub fn start_logging() {
 pub fn finish(ended: Result<(), Failure>, output: Output) -> ExitCode {
     let failure = match ended {
         Ok(()) => return ExitCode::SUCCESS,
-        // The reader of our output has seen enough.
-        Err(Failure::Output(error)) if error.kind() == io::ErrorKind::BrokenPipe => {
-            return ExitCode::SUCCESS;
-        }
         Err(failure) => failure,
     };
     if !matches!(failure, Failure::Shown) {
-        eprintln!("{failure}");
+        tell(&failure);
         // Nothing is left to be done when this cannot be written either.
         let _ = output.value(&failure.to_json());
     }

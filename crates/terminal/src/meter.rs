@@ -6,6 +6,8 @@ use std::time::{Duration, Instant};
 
 use indicatif::{DecimalBytes, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+use crate::tell;
+
 /// Between two plain lines that only tell how far it is.
 const LINE_EVERY: Duration = Duration::from_secs(5);
 
@@ -62,7 +64,7 @@ impl Meter {
         if last_line.elapsed() >= LINE_EVERY {
             *last_line = Instant::now();
             let (done, total) = (self.bar.position(), self.bar.length().unwrap_or(0));
-            eprintln!("{}: {} of {}", self.verb, size(done), size(total));
+            tell(format_args!("{}: {} of {}", self.verb, size(done), size(total)));
         }
     }
 
@@ -75,13 +77,13 @@ impl Meter {
                 .last_line
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner) = Instant::now();
-            eprintln!("{}: {}", self.verb, text.into());
+            tell(format_args!("{}: {}", self.verb, text.into()));
         }
     }
 
     /// Something that must be read, bar or not.
     pub fn warn(&self, text: impl std::fmt::Display) {
-        self.bar.suspend(|| eprintln!("warning: {text}"));
+        self.bar.suspend(|| tell(format_args!("warning: {text}")));
     }
 }
 

@@ -1,7 +1,8 @@
 //! Writes what a command has to tell to standard output, as lines or as JSON.
 //!
 //! Invariant: with `--json`, standard output holds JSON and nothing else; the question of a command goes to standard error then.
-//! A reader that went away is an error of its own, so that `| head` ends quietly.
+//! Nobody has to read: a reader that went away, as after `| head`, ends the telling and not the work, so the exit status
+//! always says whether the work was done.
 
 use std::io::{self, Write};
 
@@ -57,9 +58,15 @@ impl Output {
 /// When standard output cannot be written.
 pub fn write(text: &str) -> Result<(), Failure> {
     let mut out = io::stdout().lock();
-    out.write_all(text.as_bytes())
-        .and_then(|()| out.flush())
-        .map_err(Failure::Output)
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(Failure::Output(error)),
+        _ => Ok(()),
+    }
+}
+
+/// A line on standard error, for whoever watches; there is nothing else to do when it cannot be written.
+pub fn tell(text: impl std::fmt::Display) {
+    let _ = writeln!(io::stderr(), "{text}");
 }
 
 /// One line of JSON: `", "` and `": "` between, everything but ASCII escaped.

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use hub::{Addition, CommitRequest, Content, Hub, RepoId, Snapshot};
 use serde::Serialize;
-use terminal::{Failure, Output};
+use terminal::{Failure, Output, tell};
 use vindex::{INDEX_FILE, Slice, Vindex, VindexId};
 
 use crate::card::{self, Contents, Facts};
@@ -23,8 +23,6 @@ use crate::plan::{PublishPlan, Step, VindexStep};
 const CARD_FILE: &str = "README.md";
 const CARD_BYTES_MAX: u64 = 4 << 20;
 const INDEX_BYTES_MAX: u64 = 64 << 20;
-/// What larql keeps in a directory that it has not finished.
-const EXTRACTION_JOURNAL: &str = "extract.journal";
 
 /// A publication to carry out.
 pub(crate) struct Request {
@@ -56,7 +54,7 @@ pub(crate) async fn publish(request: Request) -> Result<(), Failure> {
 
 async fn carry_out(request: Request) -> Result<(), Failure> {
     let Request {
-        mut plan,
+        plan,
         hub,
         larql,
         output,
@@ -74,7 +72,6 @@ async fn carry_out(request: Request) -> Result<(), Failure> {
         .parse()
         .map_err(|error: hub::Error| Failure::new("cannot publish").cause(error))?;
     let inspection = inspect::inspect(&plan, &hub, Some(&larql)).await;
-    plan.inspection = Some(inspection.clone());
     output.text(inspection.to_string().trim_end())?;
     if let Some(refusal) = inspection.target.refusal {
         return Err(Failure::new(format!("cannot publish to {repo}: {refusal}"))
@@ -152,7 +149,7 @@ fn start(
             journal.begin(&digest)?;
             Ok(journal::Step::Begun)
         }
-        Some(journal::Step::Begun) if out.join(EXTRACTION_JOURNAL).exists() => {
+        Some(journal::Step::Begun) if out.join(vindex::JOURNAL_FILE).exists() => {
             Ok(journal::Step::Begun)
         }
         // Its index is written last: the extraction was finished and only its record is missing.
@@ -225,9 +222,9 @@ async fn publish_vindex(
     let vindex = match Vindex::open(&plan.output_path) {
         Ok(vindex) => Some(vindex),
         Err(error) => {
-            eprintln!(
+            tell(format_args!(
                 "warning: what larql wrote is no vindex of ours, so the card says nothing about its contents: {error}"
-            );
+            ));
             None
         }
     };
@@ -289,7 +286,7 @@ async fn publish_vindex(
         None => None,
     };
     if there.as_deref() != Some(card.as_str()) {
-        eprintln!("warning: larql did not publish the card, so it is added in a commit of its own");
+        tell("warning: larql did not publish the card, so it is added in a commit of its own");
         add_card(hub, repo, card).await.map_err(|error| {
             Failure::new(format!("the vindex is in {repo} and its card is not"))
                 .cause(error)
