@@ -1,5 +1,5 @@
-//! What a command is given by the process: where results go, the Hub that the environment names, and a runtime to
-//! wait on.
+//! What a command is given by the process: where results go, the Hub that the environment names, a runtime to wait
+//! on, and the parent whose end it shares.
 //!
 //! Invariant: this is the only module that reads the process environment. A checkpoint on the Hub is read by threads
 //! that wait on the runtime, so nothing here runs on its workers.
@@ -10,6 +10,10 @@ use hub::{Hub, Settings};
 use terminal::{Failure, INTERRUPTED, Output, tell};
 use tokio::runtime::Runtime;
 
+/// Names the process that this one is a step of, and ends with.
+#[cfg(target_os = "linux")]
+const PARENT_VARIABLE: &str = "LARQL_PARENT";
+
 /// The surroundings of a command.
 #[derive(Debug)]
 pub(crate) struct Context {
@@ -19,6 +23,7 @@ pub(crate) struct Context {
 
 impl Context {
     pub(crate) fn new(output: Output) -> Result<Context, Failure> {
+        end_with_parent();
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .enable_all()
             .build();
@@ -52,3 +57,22 @@ impl Context {
         });
     }
 }
+
+/// Has the system end this process when its parent ends, killed or not, if that is the process that
+/// [`PARENT_VARIABLE`] names. Nothing is lost: the next run goes on from what is on disk.
+#[cfg(target_os = "linux")]
+fn end_with_parent() {
+    use rustix::process::{Signal, getppid, set_parent_process_death_signal};
+    let named = std::env::var(PARENT_VARIABLE)
+        .ok()
+        .and_then(|text| text.parse().ok());
+    let parent = getppid().map(|pid| pid.as_raw_nonzero().get());
+    if named.is_some() && parent == named {
+        // Without it, the lock of the output tells the next run that this one still works.
+        let _ = set_parent_process_death_signal(Some(Signal::TERM));
+    }
+}
+
+/// Other systems have no such signal; the lock of the output tells the next run that this one still works.
+#[cfg(not(target_os = "linux"))]
+fn end_with_parent() {}

@@ -47,10 +47,7 @@ pub(crate) fn clear(dir: &Path) -> Result<(), Failure> {
 
 /// sha256 of some bytes, hex.
 pub(crate) fn sha256(bytes: &[u8]) -> String {
-    Sha256::digest(bytes)
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect()
+    hex::encode(Sha256::digest(bytes))
 }
 
 /// Whether a file has the name of a part (`<stem>-00001-of-00009.gguf`), or of one that is being written or fetched.

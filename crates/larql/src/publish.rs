@@ -154,9 +154,12 @@ async fn check_card(hub: &Hub, path: &Path) -> Result<(), Failure> {
     let text = fs::read_to_string(path)
         .map_err(|error| Failure::io("cannot read the card", path, error))?;
     match hub.validate_card(&text).await {
-        Ok(warnings) => warnings
-            .iter()
-            .for_each(|warning| tell(format_args!("warning: the card {}: {warning}", path.display()))),
+        Ok(warnings) => warnings.iter().for_each(|warning| {
+            tell(format_args!(
+                "warning: the card {}: {warning}",
+                path.display()
+            ))
+        }),
         Err(error @ hub::Error::Card { .. }) => {
             return Err(Failure::new(format!(
                 "the card {} cannot be published; nothing was sent",

@@ -183,11 +183,11 @@ fn fetch(
                     Download::Verifying => {}
                 }),
             );
-        let done = done.map_err(Failure::of(format!(
-            "cannot pull {} of {}",
-            part.file,
-            snapshot.repo()
-        )))?;
+        let done = done.map_err(|error| {
+            Failure::new(format!("cannot pull {} of {}", part.file, snapshot.repo()))
+                .cause(error)
+                .hint("what is fetched stays; the same command goes on after it")
+        })?;
         if snapshot
             .file(&part.file)
             .is_ok_and(|file| file.sha256.is_none())

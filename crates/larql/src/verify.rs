@@ -15,7 +15,13 @@ pub(crate) fn verify(dir: &Path, context: &Context) -> Result<(), Failure> {
     let meter = Meter::new("verify");
     let verified = vindex::verify(dir, &|progress| show(&meter, progress));
     drop(meter);
-    let verified = verified.map_err(Failure::of(format!("{} is not intact", dir.display())))?;
+    let verified = verified.map_err(|error| {
+        let what = match error {
+            vindex::Error::Damaged { .. } => format!("{} is not intact", dir.display()),
+            _ => format!("cannot verify {}", dir.display()),
+        };
+        Failure::new(what).cause(error)
+    })?;
     context
         .output
         .text(format_args!("vindex: {}", verified.id))?;

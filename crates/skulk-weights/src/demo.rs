@@ -40,7 +40,7 @@ struct Published {
 
 /// Runs the demo in the directory that is to be kept, or in one that goes away.
 pub(crate) fn demo(args: &Demo, environment: &Environment, output: Output) -> Result<(), Failure> {
-    larql::find(environment).map_err(|failure| {
+    let larql = larql::find(environment).map_err(|failure| {
         failure.hint("`cargo xtask demo` builds larql and runs the demo with it")
     })?;
     let temporary = match &args.keep {
@@ -92,7 +92,10 @@ pub(crate) fn demo(args: &Demo, environment: &Environment, output: Output) -> Re
     output.text(format_args!("\n{}", show(&published)))?;
     output.value(&published)?;
     running.stop();
-    output.text(next(args.keep.as_deref()))
+    let programs = larql
+        .parent()
+        .filter(|dir| !environment.path().iter().any(|on_path| on_path == dir));
+    output.text(next(args.keep.as_deref(), programs))
 }
 
 fn failed(error: hub::Error) -> Failure {
@@ -260,8 +263,11 @@ fn show(published: &Published) -> String {
     text
 }
 
-/// The commands to try next.
-fn next(kept: Option<&Path>) -> String {
+/// The commands to try next; `programs` is where they are, when that is not on `PATH`.
+fn next(kept: Option<&Path>, programs: Option<&Path>) -> String {
+    let path = programs.map_or_else(String::new, |dir| {
+        format!("  export PATH={}:$PATH\n", dir.display())
+    });
     let (first, dir) = match kept {
         Some(root) => ("Try next:".to_owned(), root.display().to_string()),
         None => (
@@ -271,7 +277,7 @@ fn next(kept: Option<&Path>) -> String {
         ),
     };
     format!(
-        "{first}\n\n  skulk-weights registry serve --root {dir}/registry &\n  export HF_ENDPOINT=http://127.0.0.1:7843\n  \
+        "{first}\n\n{path}  skulk-weights registry serve --root {dir}/registry &\n  export HF_ENDPOINT=http://127.0.0.1:7843\n  \
          larql pull {TARGET} -o kjv.vindex\n  larql verify kjv.vindex\n  larql dump kjv.vindex\n  \
          larql pull {TARGET} -o experts.vindex --slice expert-server"
     )

@@ -13,9 +13,7 @@ use std::time::Duration;
 use hub::{Hub, RepoId, Settings, Snapshot};
 use serde::Serialize;
 use terminal::size;
-use vindex::{
-    Checkpoint, Dtype, INDEX_FILE, Index, LocalDir, Plan, Recipe, Source as Files, VindexId,
-};
+use vindex::{Checkpoint, INDEX_FILE, Index, LocalDir, Plan, Recipe, Source as Files, VindexId};
 
 use crate::card::License;
 use crate::larql;
@@ -246,7 +244,7 @@ fn read(source: &dyn Files, recipe: Recipe) -> Result<Read, Unknown> {
         .map(|file| file.size_bytes)
         .sum();
     for (_, tensor) in Checkpoint::open(source)?.tensors() {
-        *read.dtypes.entry(dtype_name(tensor.dtype)).or_default() += 1;
+        *read.dtypes.entry(tensor.dtype.to_string()).or_default() += 1;
     }
     match vindex::plan(source, recipe) {
         Ok(plan) => {
@@ -266,10 +264,6 @@ fn read(source: &dyn Files, recipe: Recipe) -> Result<Read, Unknown> {
             .push(warning("what would be extracted is unknown", &error)),
     }
     Ok(read)
-}
-
-fn dtype_name(dtype: Dtype) -> String {
-    dtype.to_string()
 }
 
 impl Extraction {

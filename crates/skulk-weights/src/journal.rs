@@ -1,15 +1,15 @@
 //! How far a publication has come: a file in scratch beside the output, one JSON object a line.
 //!
-//! The first line is the digest of the plan; each further line is a step that is done. A line that a crash cut counts
+//! The first line is the work; each further line is a step that is done. A line that a crash cut counts
 //! for nothing. The file is locked while a publication runs, so two runs on one output do not meet. Invariant: a step
-//! is recorded after it is done, never before; another plan's journal is never gone on from.
+//! is recorded after it is done, never before; another work's journal is never gone on from.
 
+use std::fmt;
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 use terminal::Failure;
 
 use crate::plan::PublishPlan;
@@ -31,7 +31,7 @@ pub(crate) enum Step {
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "snake_case")]
 enum Line {
-    Plan(String),
+    Work(Work),
     Done(Step),
 }
 
@@ -40,26 +40,46 @@ enum Line {
 pub(crate) struct Journal {
     path: PathBuf,
     file: File,
-    /// Digest of the plan that the lines belong to; `None` in a new journal.
-    plan: Option<String>,
+    /// What the lines belong to; `None` in a new journal.
+    work: Option<Work>,
     step: Step,
 }
 
 /// What a plan does, as far as it decides the bytes and where they go: not the collection, which may be changed
 /// between a failure and the next try.
-pub(crate) fn digest(plan: &PublishPlan, commit: Option<&str>) -> String {
-    let text = serde_json::json!({
-        "source_model": plan.source_model,
-        "commit": commit,
-        "quant": plan.quant,
-        "output_path": plan.output_path,
-        "target_repo": plan.target_repo,
-        "publish_slices": plan.publish_slices,
-    });
-    Sha256::digest(text.to_string())
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect()
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Work {
+    source_model: String,
+    /// `None` for a directory, and where it cannot be told.
+    commit: Option<String>,
+    quant: String,
+    target_repo: String,
+    publish_slices: String,
+}
+
+impl Work {
+    /// What `plan` does with its source at `commit`.
+    pub(crate) fn of(plan: &PublishPlan, commit: Option<&str>) -> Work {
+        Work {
+            source_model: plan.source_model.clone(),
+            commit: commit.map(str::to_owned),
+            quant: plan.quant.clone(),
+            target_repo: plan.target_repo.clone(),
+            publish_slices: plan.publish_slices.clone(),
+        }
+    }
+}
+
+impl fmt::Display for Work {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let commit = self.commit.as_deref().unwrap_or("no known commit");
+        write!(
+            f,
+            "{} at {commit} as {}, slices {}, to {}",
+            self.source_model, self.quant, self.publish_slices, self.target_repo
+        )
+    }
 }
 
 impl Journal {
@@ -94,13 +114,13 @@ impl Journal {
             .take(JOURNAL_BYTES_MAX)
             .read_to_string(&mut text)
             .map_err(unusable)?;
-        let (mut plan, mut step, mut whole_bytes) = (None, Step::Begun, 0);
+        let (mut work, mut step, mut whole_bytes) = (None, Step::Begun, 0);
         for line in text
             .split_inclusive('\n')
             .filter(|line| line.ends_with('\n'))
         {
             match serde_json::from_str(line) {
-                Ok(Line::Plan(digest)) => plan = Some(digest),
+                Ok(Line::Work(begun)) => work = Some(begun),
                 Ok(Line::Done(done)) => step = step.max(done),
                 Err(_) => break,
             }
@@ -110,28 +130,28 @@ impl Journal {
         Ok(Journal {
             path,
             file,
-            plan,
+            work,
             step,
         })
     }
 
-    /// How far the plan with this digest has come; `None` when the journal is new or another plan's.
-    pub(crate) fn step_of(&self, digest: &str) -> Option<Step> {
-        (self.plan.as_deref() == Some(digest)).then_some(self.step)
+    /// How far this work has come; `None` when the journal is new or another work's.
+    pub(crate) fn step_of(&self, work: &Work) -> Option<Step> {
+        (self.work.as_ref() == Some(work)).then_some(self.step)
     }
 
-    /// Whether it belongs to some plan.
-    pub(crate) fn is_begun(&self) -> bool {
-        self.plan.is_some()
+    /// The work that was begun.
+    pub(crate) fn work(&self) -> Option<&Work> {
+        self.work.as_ref()
     }
 
-    /// Starts anew for the plan with this digest.
-    pub(crate) fn begin(&mut self, digest: &str) -> Result<(), Failure> {
+    /// Starts anew with this work.
+    pub(crate) fn begin(&mut self, work: &Work) -> Result<(), Failure> {
         self.file
             .set_len(0)
             .map_err(|error| Failure::io("cannot write", &self.path, error))?;
-        self.append(&Line::Plan(digest.to_owned()))?;
-        (self.plan, self.step) = (Some(digest.to_owned()), Step::Begun);
+        self.append(&Line::Work(work.clone()))?;
+        (self.work, self.step) = (Some(work.clone()), Step::Begun);
         Ok(())
     }
 

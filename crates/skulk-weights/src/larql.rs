@@ -2,7 +2,7 @@
 //!
 //! Invariant: it is the one that the operator named, in `SKULK_WEIGHTS_LARQL` or by `PATH`; a program that merely lies
 //! beside ours is never run. It inherits our environment, token included, and no argument ever holds a token. It does
-//! not outlive us: an interrupt is passed on and waited for.
+//! not outlive us: an interrupt is passed on and waited for, and a larql of ours on Linux ends when we are killed.
 
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -14,6 +14,9 @@ use crate::environment::Environment;
 
 /// The variable that names larql: a path, or a name to look for on `PATH`.
 pub(crate) const VARIABLE: &str = "SKULK_WEIGHTS_LARQL";
+
+/// The variable that tells larql whose step it is.
+const PARENT_VARIABLE: &str = "LARQL_PARENT";
 
 /// The path of larql.
 pub(crate) fn find(environment: &Environment) -> Result<PathBuf, Failure> {
@@ -64,7 +67,10 @@ pub(crate) async fn version(larql: &Path) -> Option<String> {
 /// standard output then holds our value alone.
 pub(crate) async fn run(larql: &Path, words: &[String], json: bool) -> Result<(), Failure> {
     let mut command = tokio::process::Command::new(larql);
-    command.args(words).stdin(Stdio::null());
+    command
+        .args(words)
+        .stdin(Stdio::null())
+        .env(PARENT_VARIABLE, std::process::id().to_string());
     if json {
         command.stdout(std::io::stderr());
     }

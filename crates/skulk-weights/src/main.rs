@@ -56,10 +56,7 @@ fn run(cli: &Cli, output: Output) -> Result<(), Failure> {
     let load = || Catalog::load(&view, &environment.working_dir, environment.home.as_deref());
     let load_and_warn = || {
         let catalog = load()?;
-        catalog
-            .warnings
-            .iter()
-            .for_each(terminal::tell);
+        catalog.warnings.iter().for_each(terminal::tell);
         Ok::<_, Failure>(catalog)
     };
     match &cli.command {

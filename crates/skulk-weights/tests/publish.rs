@@ -509,6 +509,83 @@ fn an_interrupt_is_passed_on_and_waited_for() {
     bench.ok(&["--artifact", "vindex"]);
 }
 
+#[cfg(target_os = "linux")]
+#[test]
+fn larql_ends_with_the_run_that_it_is_a_step_of() {
+    use std::io::Read;
+    let bench = Bench::new(&model("llama"));
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let larql = bench.script(&format!(
+        "[ \"$1\" = --version ] && exit 0\nHF_ENDPOINT=http://{} HF_HUB_ETAG_TIMEOUT=600 exec {} pull acme/x -o pulled",
+        silent.local_addr().unwrap(),
+        larql().display()
+    ));
+    let mut child = bench
+        .command(
+            &["--artifact", "vindex"],
+            &[("SKULK_WEIGHTS_LARQL", &larql)],
+        )
+        .stderr(Stdio::null())
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    // It waits ten minutes for an answer that nobody gives; its end is the end of what it sends.
+    let (mut asked, _) = silent.accept().unwrap();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    asked
+        .set_read_timeout(Some(Duration::from_secs(60)))
+        .unwrap();
+    let ended = asked.read_to_end(&mut Vec::new());
+    assert!(ended.is_ok(), "larql lives on: {ended:?}");
+    bench.ok(&["--artifact", "vindex"]);
+}
+
+#[test]
+fn a_source_that_moved_is_told_from_the_work_that_was_begun() {
+    let bench = Bench::new(&model("llama"));
+    let larql = larql().display().to_string();
+    let script = bench.script(&format!(
+        "[ \"$1\" = publish ] && exit 1; exec {larql} \"$@\""
+    ));
+    let vars = [("SKULK_WEIGHTS_LARQL", script.as_str())];
+    assert_eq!(bench.run(&["--artifact", "vindex"], &vars).code, Some(1));
+    let request = CommitRequest {
+        summary: "Move".into(),
+        additions: vec![Addition {
+            path: "notes.txt".into(),
+            size_bytes: 1,
+            sha256: None,
+            content: Content::Bytes(b"x".to_vec()),
+        }],
+        deletions: Vec::new(),
+    };
+    let source = "owner/model".parse().unwrap();
+    bench
+        .runtime
+        .block_on(bench.hub.commit(&source, &request, &|_| {}))
+        .unwrap();
+    let run = bench.run(&["--artifact", "vindex"], &[]);
+    assert_eq!(run.code, Some(1));
+    insta::assert_snapshot!("source_moved", run.stderr);
+    bench.ok(&["--artifact", "vindex", "--force"]);
+    assert!(bench.is_whole());
+}
+
+#[test]
+fn a_run_that_nobody_reads_does_its_work() {
+    let bench = Bench::new(&model("llama"));
+    let mut child = bench
+        .command(&["--artifact", "vindex"], &[])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop((child.stdout.take(), child.stderr.take()));
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+    assert!(bench.is_whole());
+}
+
 #[test]
 fn a_killed_publication_is_gone_on_from_and_shows_nothing_half() {
     use std::os::unix::process::CommandExt;

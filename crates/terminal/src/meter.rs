@@ -64,7 +64,12 @@ impl Meter {
         if last_line.elapsed() >= LINE_EVERY {
             *last_line = Instant::now();
             let (done, total) = (self.bar.position(), self.bar.length().unwrap_or(0));
-            tell(format_args!("{}: {} of {}", self.verb, size(done), size(total)));
+            tell(format_args!(
+                "{}: {} of {}",
+                self.verb,
+                size(done),
+                size(total)
+            ));
         }
     }
 

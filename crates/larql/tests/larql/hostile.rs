@@ -1,13 +1,15 @@
 //! Hubs that refuse: each command ends with a message that says what, on what, and why, and leaves nothing half done.
 
 use std::io::{Read, Write};
-use std::net::TcpListener;
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
 use hub::{Addition, CommitRequest, Content, Hub, Settings, Token};
 
-use crate::bench::{Bench, TOKEN, model};
+use crate::bench::{Bench, TOKEN, kjv, model, names};
 
 /// Answers every request with `status`, for as long as the test runs.
 fn refusing(status: u16, headers: &'static str) -> String {
@@ -54,6 +56,133 @@ fn each_refusal_is_told_with_its_status() {
             );
         }
     }
+    assert!(!bench.path("pulled").exists() && !bench.path("extracted").exists());
+}
+
+/// Passes connections on to `url`; `odd` sees the number of the connection, how many bytes went one way so far and the
+/// next ones, and may change those; when it answers false, the connection is cut there.
+fn between(
+    url: &str,
+    odd: impl Fn(usize, usize, &mut [u8]) -> bool + Send + Sync + 'static,
+) -> String {
+    let target = url.trim_start_matches("http://").to_owned();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = format!("http://{}", listener.local_addr().unwrap());
+    let odd = Arc::new(odd);
+    let n_connections = AtomicUsize::new(0);
+    thread::spawn(move || {
+        for client in listener.incoming() {
+            let (Ok(client), Ok(server)) = (client, TcpStream::connect(&target)) else {
+                return;
+            };
+            let number = n_connections.fetch_add(1, Ordering::Relaxed);
+            let ways = [
+                (client.try_clone().unwrap(), server.try_clone().unwrap()),
+                (server, client),
+            ];
+            for (from, to) in ways {
+                let odd = Arc::clone(&odd);
+                thread::spawn(move || pass_on(from, to, |n, bytes| odd(number, n, bytes)));
+            }
+        }
+    });
+    address
+}
+
+fn pass_on(mut from: TcpStream, mut to: TcpStream, odd: impl Fn(usize, &mut [u8]) -> bool) {
+    let mut bytes = [0; 4 << 10];
+    let mut n_bytes = 0;
+    while let Ok(n @ 1..) = from.read(&mut bytes) {
+        if !odd(n_bytes, &mut bytes[..n]) || to.write_all(&bytes[..n]).is_err() {
+            break;
+        }
+        n_bytes += n;
+    }
+    let _ = to.shutdown(Shutdown::Both);
+    let _ = from.shutdown(Shutdown::Both);
+}
+
+#[test]
+fn connections_that_are_cut_are_gone_on_from() {
+    let bench = Bench::new();
+    bench.ok(&["extract", &kjv(), "-o", "out", "--quant", "q8_0"]);
+    for args in [
+        &["publish", "out", "--repo", "acme/kjv", "--slices", "none"][..],
+        &["pull", "acme/kjv", "-o", "pulled"],
+    ] {
+        // Parts have up to 700 kB; the first connections bring less.
+        let n_cut = Arc::new(AtomicUsize::new(0));
+        let seen = Arc::clone(&n_cut);
+        let url = between(bench.registry.url(), move |number, n, _| {
+            let is_cut = number < 6 && n > 300_000;
+            seen.fetch_add(usize::from(is_cut), Ordering::Relaxed);
+            !is_cut
+        });
+        let run = bench.run_with(args, &[("HF_ENDPOINT", url.as_str())]);
+        assert_eq!(run.code, Some(0), "{args:?}\n{}{}", run.stdout, run.stderr);
+        assert!(
+            n_cut.load(Ordering::Relaxed) > 0,
+            "{args:?}: nothing was cut"
+        );
+    }
+    assert_eq!(bench.verified("pulled"), bench.verified("out"));
+}
+
+#[test]
+fn bytes_that_are_not_what_the_hub_promised_are_refused() {
+    let bench = Bench::new();
+    bench.ok(&["extract", &kjv(), "-o", "out", "--quant", "q8_0"]);
+    bench.ok(&["publish", "out", "--repo", "acme/kjv", "--slices", "none"]);
+    // Only parts are this long.
+    let url = between(bench.registry.url(), |_, n, bytes| {
+        if n > 100_000 {
+            bytes[0] ^= 1;
+        }
+        true
+    });
+    let run = bench.run_with(
+        &["pull", "acme/kjv", "-o", "pulled"],
+        &[("HF_ENDPOINT", url.as_str())],
+    );
+    assert_eq!(run.code, Some(1), "{}", run.stdout);
+    assert!(
+        run.stderr.contains("cannot pull kjv-q8_0-0000") && run.stderr.contains("[SHA256]"),
+        "{}",
+        run.stderr
+    );
+    assert!(
+        !names(&bench.path("pulled")).contains(&"index.json".to_owned()),
+        "a damaged directory opens as a vindex"
+    );
+    bench.ok(&["pull", "acme/kjv", "-o", "pulled"]);
+    assert_eq!(bench.verified("pulled"), bench.verified("out"));
+}
+
+#[test]
+fn a_hub_that_only_fails_is_given_up() {
+    let bench = Bench::new();
+    bench.ok(&["extract", &model("llama"), "-o", "out", "--quant", "q8_0"]);
+    let url = refusing(500, "");
+    let vars = [("HF_ENDPOINT", url.as_str())];
+    // Each is patient for half a minute, so they wait together.
+    thread::scope(|scope| {
+        for args in [
+            &["publish", "out", "--repo", "acme/x", "--slices", "none"][..],
+            &["pull", "acme/x", "-o", "pulled"],
+            &["extract", "acme/x", "-o", "extracted", "--quant", "q4k"],
+        ] {
+            let (bench, vars) = (&bench, &vars);
+            scope.spawn(move || {
+                let run = bench.run_with(args, vars);
+                assert_eq!(run.code, Some(1), "{args:?}");
+                assert!(
+                    run.stderr.contains("500") && run.stderr.contains("acme/x"),
+                    "{args:?}\n{}",
+                    run.stderr
+                );
+            });
+        }
+    });
     assert!(!bench.path("pulled").exists() && !bench.path("extracted").exists());
 }
 

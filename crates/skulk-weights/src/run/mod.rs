@@ -15,7 +15,7 @@ use vindex::{INDEX_FILE, Slice, Vindex, VindexId};
 
 use crate::card::{self, Contents, Facts};
 use crate::inspect::{self, Inspection};
-use crate::journal::{self, Journal};
+use crate::journal::{self, Journal, Work};
 use crate::larql;
 use crate::plan::{PublishPlan, Step, VindexStep};
 
@@ -139,14 +139,14 @@ fn start(
     journal: &mut Journal,
     commit: Option<&str>,
 ) -> Result<journal::Step, Failure> {
-    let digest = journal::digest(plan, commit);
+    let work = Work::of(plan, commit);
     let out = &plan.output_path;
     let exists = fs::symlink_metadata(out).is_ok();
-    let known = journal.step_of(&digest).filter(|_| !plan.force);
+    let known = journal.step_of(&work).filter(|_| !plan.force);
     match known {
         Some(journal::Step::Published) => Ok(journal::Step::Published),
         Some(_) if !exists => {
-            journal.begin(&digest)?;
+            journal.begin(&work)?;
             Ok(journal::Step::Begun)
         }
         Some(journal::Step::Begun) if out.join(vindex::JOURNAL_FILE).exists() => {
@@ -161,10 +161,11 @@ fn start(
         }
         Some(journal::Step::Extracted) => Ok(journal::Step::Extracted),
         None if exists && !plan.force => {
-            let other = if journal.is_begun() {
-                "; it belongs to an interrupted run of another plan"
-            } else {
-                ""
+            let other = match journal.work() {
+                Some(begun) => {
+                    format!("\n  it was begun for: {begun}\n  this run is for:  {work}")
+                }
+                None => String::new(),
             };
             Err(Failure::new(format!(
                 "output path already exists: {}{other}",
@@ -176,7 +177,7 @@ fn start(
             if exists {
                 remove(out)?;
             }
-            journal.begin(&digest)?;
+            journal.begin(&work)?;
             Ok(journal::Step::Begun)
         }
     }
@@ -268,7 +269,7 @@ async fn publish_vindex(
     let published = larql::run(larql, &words, output.json).await;
     remove(&path)?;
     published.map_err(|failure| {
-        failure.hint("see what larql wrote above. The extracted vindex is kept: the same command publishes it without extracting again")
+        failure.hint("see what larql wrote above. The extracted vindex is kept: the same command publishes it without extracting again, and with --force extracts it anew")
     })?;
 
     let target = hub.head(repo).await.map_err(asking)?;
