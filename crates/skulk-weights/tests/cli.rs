@@ -125,7 +125,7 @@ fn validate_tells_everything_that_is_wrong() {
     let bench = Bench::new(&[("m.yaml", BROKEN), ("bad.yaml", "models:\n\t- key: a\n")]);
     insta::assert_snapshot!(bench.run("--manifest m.yaml catalog validate"));
     insta::assert_snapshot!(bench.run("--manifest bad.yaml catalog validate"));
-    insta::assert_snapshot!(bench.run("catalog validate --manifest gone.yaml --json"));
+    insta::assert_snapshot!(bench.run("--manifest gone.yaml catalog validate --json"));
 }
 
 #[test]
