@@ -1,6 +1,7 @@
 //! `pull`: what is fetched, what is kept, what is refused; and extraction straight from the Hub.
 
 use std::fs;
+use std::process::Command;
 use std::time::Duration;
 
 use crate::bench::{Bench, kjv, model, names};
@@ -123,6 +124,38 @@ fn a_killed_pull_is_gone_on_from() {
             .iter()
             .all(|name| !name.contains("incomplete") && !name.contains("partial"))
     );
+}
+
+#[cfg(unix)]
+#[test]
+fn a_disk_that_is_full_is_told_and_gone_on_from() {
+    let bench = Bench::new();
+    bench.ok(&["extract", &kjv(), "-o", "out", "--quant", "q8_0"]);
+    bench.ok(&["publish", "out", "--repo", "acme/kjv", "--slices", "none"]);
+    // A limit on the length of files fails a write as a full disk does.
+    let pull = bench.command(&["pull", "acme/kjv", "-o", "pulled"]);
+    let mut shell = Command::new("/bin/sh");
+    shell.args(["-c", "trap '' XFSZ; ulimit -f 700 && exec \"$@\"", "sh"]);
+    shell.arg(pull.get_program()).args(pull.get_args());
+    shell.current_dir(bench.dir.path()).env_clear();
+    shell.envs(
+        pull.get_envs()
+            .filter_map(|(name, value)| Some((name, value?))),
+    );
+    let run = shell.output().unwrap();
+    let stderr = String::from_utf8(run.stderr).unwrap();
+    assert_eq!(run.status.code(), Some(1), "{stderr}");
+    for word in [
+        "cannot pull kjv-q8_0-0000",
+        "pulled/kjv-q8_0-0000",
+        "File too large",
+        "goes on after it",
+    ] {
+        assert!(stderr.contains(word), "{word}\n{stderr}");
+    }
+    assert!(!bench.path("pulled/index.json").exists());
+    bench.ok(&["pull", "acme/kjv", "-o", "pulled"]);
+    assert_eq!(bench.verified("pulled"), bench.verified("out"));
 }
 
 #[test]
