@@ -7,10 +7,9 @@ use std::fmt;
 use std::num::NonZeroUsize;
 use std::time::Instant;
 
-use quant::BlockType;
 use serde::Serialize;
 use terminal::{Failure, Meter, size};
-use vindex::{ExtractOptions, Plan, PlannedTensor, Progress, Vindex};
+use vindex::{Census, ExtractOptions, Plan, Progress, Vindex};
 
 use crate::cli::Extract;
 use crate::context::Context;
@@ -25,16 +24,9 @@ struct Summary {
     n_parts: usize,
     n_tensors: usize,
     size_bytes: u64,
-    types: BTreeMap<String, Kind>,
+    types: Census,
     left_out: BTreeMap<String, LeftOut>,
     warnings: Vec<String>,
-}
-
-/// The tensors of one block type.
-#[derive(Debug, Default, Serialize)]
-struct Kind {
-    n_tensors: usize,
-    size_bytes: u64,
 }
 
 /// The tensors left out for one reason.
@@ -165,12 +157,7 @@ pub(crate) fn show(meter: &Meter, progress: Progress) {
 
 impl Summary {
     fn of(plan: &Plan) -> Summary {
-        let mut types: BTreeMap<String, Kind> = BTreeMap::new();
-        for tensor in plan.parts.iter().flat_map(|part| &part.tensors) {
-            let kind = types.entry(tensor.block_type.to_string()).or_default();
-            kind.n_tensors += 1;
-            kind.size_bytes += size_bytes(tensor);
-        }
+        let types = plan.census();
         let mut left_out: BTreeMap<String, LeftOut> = BTreeMap::new();
         for tensor in &plan.left_out {
             let group = left_out.entry(tensor.reason.clone()).or_default();
@@ -190,13 +177,6 @@ impl Summary {
             warnings: plan.warnings.clone(),
         }
     }
-}
-
-/// Bytes of a tensor's blocks.
-fn size_bytes(tensor: &PlannedTensor) -> u64 {
-    let block: BlockType = tensor.block_type;
-    let n_values = tensor.ne.iter().fold(1u64, |n, &d| n.saturating_mul(d));
-    (n_values / block.block_len() as u64).saturating_mul(block.block_bytes() as u64)
 }
 
 impl fmt::Display for Summary {

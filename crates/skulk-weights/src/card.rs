@@ -4,7 +4,6 @@
 //! the same card; [`same_but_time`] tells when only the time would differ. Every value from outside is quoted for YAML
 //! and for Markdown. Left out: looking the facts up.
 
-use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::time::SystemTime;
 
@@ -158,7 +157,7 @@ fn front_matter(facts: &Facts<'_>, generated_at: &str, out: &mut String) {
     line("recipe", Some(contents.index.recipe.name()));
     line("slice", Some(contents.slice.name()));
     let _ = writeln!(out, "  size_bytes: {}", contents.size_bytes());
-    let types = contents.types();
+    let types = contents.index.census(contents.slice);
     let _ = writeln!(
         out,
         "  n_tensors: {}",
@@ -233,7 +232,7 @@ fn contents_section(contents: &Contents<'_>, out: &mut String) {
         contents.size_bytes()
     );
     out.push_str("| Tensor type | Tensors | Bytes |\n|---|---:|---:|\n");
-    for (name, kind) in contents.types() {
+    for (name, kind) in contents.index.census(contents.slice) {
         let _ = writeln!(out, "| {name} | {} | {} |", kind.n_tensors, kind.size_bytes);
     }
     out.push_str("\n| Part | Bytes | sha256 |\n|---|---:|---|\n");
@@ -299,32 +298,12 @@ fn license(facts: &Facts<'_>, out: &mut String) {
     };
 }
 
-/// The tensors of one type.
-#[derive(Debug, Default)]
-struct Kind {
-    n_tensors: usize,
-    size_bytes: u64,
-}
-
 impl Contents<'_> {
     fn size_bytes(&self) -> u64 {
         slice_files_of_index(self.index, self.slice)
             .iter()
             .map(|part| part.size_bytes)
             .sum()
-    }
-
-    fn types(&self) -> BTreeMap<&'static str, Kind> {
-        let mut types: BTreeMap<&'static str, Kind> = BTreeMap::new();
-        for tensor in &self.index.tensors {
-            let part = self.index.parts.get(tensor.part as usize);
-            if part.is_some_and(|part| self.slice.holds(part.component)) {
-                let kind = types.entry(tensor.block_type.name()).or_default();
-                kind.n_tensors += 1;
-                kind.size_bytes += tensor.size_bytes;
-            }
-        }
-        types
     }
 }
 

@@ -13,7 +13,9 @@ use std::time::Duration;
 use hub::{Hub, RepoId, Settings, Snapshot};
 use serde::Serialize;
 use terminal::size;
-use vindex::{Checkpoint, INDEX_FILE, Index, LocalDir, Plan, Recipe, Source as Files, VindexId};
+use vindex::{
+    Census, Checkpoint, INDEX_FILE, Index, LocalDir, Plan, Recipe, Source as Files, VindexId,
+};
 
 use crate::card::License;
 use crate::larql;
@@ -60,15 +62,8 @@ pub(crate) struct Extraction {
     pub(crate) stem: String,
     pub(crate) n_parts: usize,
     pub(crate) size_bytes: u64,
-    pub(crate) types: BTreeMap<String, Kind>,
+    pub(crate) types: Census,
     pub(crate) n_left_out: usize,
-}
-
-/// The tensors of one type.
-#[derive(Debug, Clone, Default, Serialize)]
-pub(crate) struct Kind {
-    pub(crate) n_tensors: usize,
-    pub(crate) size_bytes: u64,
 }
 
 /// The repository that is published to.
@@ -268,14 +263,7 @@ fn read(source: &dyn Files, recipe: Recipe) -> Result<Read, Unknown> {
 
 impl Extraction {
     fn of(plan: &Plan) -> Extraction {
-        let mut types: BTreeMap<String, Kind> = BTreeMap::new();
-        for tensor in plan.parts.iter().flat_map(|part| &part.tensors) {
-            let n_values = tensor.ne.iter().fold(1u64, |n, &d| n.saturating_mul(d));
-            let n_blocks = n_values / tensor.block_type.block_len() as u64;
-            let kind = types.entry(tensor.block_type.to_string()).or_default();
-            kind.n_tensors += 1;
-            kind.size_bytes += n_blocks.saturating_mul(tensor.block_type.block_bytes() as u64);
-        }
+        let types = plan.census();
         Extraction {
             stem: plan.stem.clone(),
             n_parts: plan.parts.len(),

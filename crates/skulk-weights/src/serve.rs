@@ -38,8 +38,11 @@ pub(crate) fn serve(
     })?;
     environment.block_on(async {
         let listener = TcpListener::bind(listen).await;
-        let listener = listener
-            .map_err(|error| Failure::new(format!("cannot listen on {listen}")).cause(error))?;
+        let listener = listener.map_err(|error| {
+            Failure::new(format!("cannot listen on {listen}"))
+                .cause(error)
+                .hint("another address or port is named by --listen")
+        })?;
         let address = listener
             .local_addr()
             .map_err(|error| Failure::new(format!("cannot listen on {listen}")).cause(error))?;

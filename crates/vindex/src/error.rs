@@ -215,7 +215,11 @@ pub enum Error {
         reason: String,
     },
     /// The directory has no `index.json`.
-    #[error("{} is not a vindex: it has no index.json (an extraction that did not finish leaves none)", path.display())]
+    #[error("{} is not a vindex: {}", path.display(), if path.is_dir() {
+        "it has no index.json (an extraction that did not finish leaves none)"
+    } else {
+        "there is no such directory"
+    })]
     NotAVindex {
         /// The directory.
         path: PathBuf,

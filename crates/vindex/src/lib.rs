@@ -5,6 +5,7 @@
 //!
 //! Invariant: the plan and the checkpoint's bytes alone decide the bytes of the vindex. No network and no async here.
 
+mod census;
 mod checkpoint;
 mod config;
 mod config_json;
@@ -26,6 +27,7 @@ mod source;
 mod tokenizer;
 mod verify;
 
+pub use census::{Census, TypeCount};
 pub use checkpoint::{Checkpoint, Dtype, OtherDtype, SourceTensor};
 pub use config::{
     Activation, Attention, Config, Experts, Gating, Rope, RopeKind, RopeScaling, SlidingWindow,
