@@ -45,7 +45,7 @@ pub(crate) enum Command {
 
 #[derive(Debug, Args)]
 pub(crate) struct Extract {
-    /// A directory with the checkpoint, else owner/name[@revision] on the Hub; a directory that exists wins
+    /// A directory with the checkpoint, else `owner/name[@revision]` on the Hub; a directory that exists wins
     pub(crate) model: String,
     /// The directory to make
     #[arg(short, long, value_name = "DIR")]
@@ -93,7 +93,7 @@ pub(crate) struct Publish {
 
 #[derive(Debug, Args)]
 pub(crate) struct Pull {
-    /// owner/name[@revision] on the Hub
+    /// `owner/name[@revision]` on the Hub
     #[arg(value_name = "OWNER/NAME[@REVISION]")]
     pub(crate) from: Reference,
     /// The directory to fill
