@@ -148,6 +148,7 @@ fn compare_prompts(tools: &Path, first_part: &Path, model: &Path) -> Done<(usize
             .as_str()
             .ok_or("a prompt of prompts.json has no text")?;
         let expected = vocabulary.decode(&prompt["greedy_ids"])?;
+        // Four tokens more than are compared: what llama-completion writes last is sometimes lost when it ends.
         let written = output(
             Command::new(tools.join("llama-completion"))
                 .arg("--model")
@@ -156,7 +157,7 @@ fn compare_prompts(tools: &Path, first_part: &Path, model: &Path) -> Done<(usize
                     "--prompt",
                     text,
                     "--predict",
-                    "64",
+                    "68",
                     "--temp",
                     "0",
                     "--ctx-size",
@@ -181,7 +182,7 @@ fn compare_prompts(tools: &Path, first_part: &Path, model: &Path) -> Done<(usize
                 ]),
         )?;
         let written = String::from_utf8_lossy(&written);
-        if written.trim_end() == expected.trim_end() {
+        if written.starts_with(&expected) {
             n_equal += 1;
         } else {
             eprintln!(
