@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use quant::BlockType;
 use serde::Serialize;
 
+use crate::gguf;
 use crate::index::Index;
 use crate::plan::{Plan, PlannedTensor};
 use crate::slice::Slice;
@@ -31,11 +32,9 @@ impl Plan {
 }
 
 impl PlannedTensor {
-    /// Bytes of its blocks.
+    /// Bytes of its blocks; the largest number there is for a shape that no file can hold.
     pub fn size_bytes(&self) -> u64 {
-        let n_values = self.ne.iter().fold(1u64, |n, &d| n.saturating_mul(d));
-        let n_blocks = n_values / self.block_type.block_len() as u64;
-        n_blocks.saturating_mul(self.block_type.block_bytes() as u64)
+        gguf::size_bytes(self.block_type, &self.ne).unwrap_or(u64::MAX)
     }
 }
 
