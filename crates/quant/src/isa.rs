@@ -4,10 +4,10 @@
 
 use std::sync::OnceLock;
 
-use crate::BlockType;
 use crate::arch::scalar;
 #[cfg(target_arch = "x86_64")]
 use crate::arch::{avx2, avx512};
+use crate::words::Work;
 
 /// An instruction set that this crate is written for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -19,6 +19,8 @@ pub enum Isa {
     Avx2,
     /// AVX-512 F, BW, DQ and VL.
     Avx512,
+    /// AVX-512 as above with VNNI, which multiplies bytes. Encoding and decoding are those of [`Isa::Avx512`].
+    Avx512Vnni,
 }
 
 /// The instruction sets that this CPU has, slowest first; never empty.
@@ -35,6 +37,9 @@ pub fn isas() -> Vec<Isa> {
         if avx512::is_available() {
             isas.push(Isa::Avx512);
         }
+        if avx512::has_vnni() {
+            isas.push(Isa::Avx512Vnni);
+        }
     }
     isas
 }
@@ -45,26 +50,26 @@ pub(crate) fn fastest() -> Isa {
     *FASTEST.get_or_init(|| *isas().last().unwrap_or(&Isa::Scalar))
 }
 
-pub(crate) fn encode(isa: Isa, block_type: BlockType, values: &[f32], blocks: &mut [u8]) {
+/// Does `work` on `isa`. Panics where this CPU lacks it.
+pub(crate) fn run(isa: Isa, work: impl Work) {
     match isa {
-        Isa::Scalar => scalar::encode(block_type, values, blocks),
+        Isa::Scalar => scalar::run(work),
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => avx2::encode(block_type, values, blocks),
+        Isa::Avx2 => avx2::run(work),
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => avx512::encode(block_type, values, blocks),
+        Isa::Avx512 => avx512::run(work),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512Vnni => avx512::run_vnni(work),
         #[cfg(not(target_arch = "x86_64"))]
-        Isa::Avx2 | Isa::Avx512 => panic!("this CPU has no {isa:?}"),
+        Isa::Avx2 | Isa::Avx512 | Isa::Avx512Vnni => panic!("this CPU has no {isa:?}"),
     }
 }
 
-pub(crate) fn decode(isa: Isa, block_type: BlockType, blocks: &[u8], values: &mut [f32]) {
-    match isa {
-        Isa::Scalar => scalar::decode(block_type, blocks, values),
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => avx2::decode(block_type, blocks, values),
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => avx512::decode(block_type, blocks, values),
-        #[cfg(not(target_arch = "x86_64"))]
-        Isa::Avx2 | Isa::Avx512 => panic!("this CPU has no {isa:?}"),
-    }
+/// As [`run`], for work in which AVX-512 with VNNI has nothing over AVX-512: it is compiled once for both.
+pub(crate) fn run_lanes(isa: Isa, work: impl Work) {
+    let isa = match isa {
+        Isa::Avx512Vnni => Isa::Avx512,
+        isa => isa,
+    };
+    run(isa, work);
 }

@@ -1,8 +1,8 @@
 //! Sixteen f32 side by side: the vocabulary in which the searches of `encode` are written, once for all CPUs.
 //!
 //! Invariant: every operation is a correctly rounded IEEE operation on each lane by itself, and no lane ever sees
-//! another. So the order of additions is fixed by the algorithm's text and all instruction sets give the same bits;
-//! approximate reciprocals and horizontal sums are left out on purpose.
+//! another, but for one sum whose order is fixed. So the order of additions is fixed by the algorithm's text and all
+//! instruction sets give the same bits; approximate reciprocals are left out on purpose.
 
 use std::ops::{Add, Div, Mul, Sub};
 
@@ -37,6 +37,13 @@ pub(crate) trait Lanes:
     fn from_f16(x: &[u16; N_LANES]) -> Self;
     /// Integral lanes in -128..=127 as bytes.
     fn to_i8(self) -> [i8; N_LANES];
+    /// From the upper halves of sixteen binary32, exact.
+    fn from_bf16(x: &[u16; N_LANES]) -> Self;
+    /// `2^self`, exact, for integral lanes in -126..=127.
+    fn power_of_two(self) -> Self;
+    /// The sums of all lanes of four values, each in one fixed order: lane i + lane 8 + i for i < 8, of these eight i +
+    /// 4 + i, then i + 2 + i, then the last two.
+    fn sum4(x: [Self; 4]) -> [f32; 4];
 }
 
 /// The lanes as an f16 can hold them. Lanes must be within ±65504.

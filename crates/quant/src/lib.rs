@@ -1,11 +1,13 @@
-//! Rows of weights as GGUF blocks: [`encode()`] finds the blocks, [`decode()`] gives the weights back.
+//! Rows of weights as GGUF blocks: [`encode()`] finds the blocks, [`decode()`] gives the weights back, [`multiply`] takes
+//! them as they lie and multiplies them with rows of activations.
 //!
 //! Invariant: a result depends on the values alone. Every instruction set gives identical bytes, a block never
 //! depends on its neighbours, and decoding is bit for bit what GGUF's reference decoder does. Encoding aims at the
 //! least squared error of the decoded values; its bytes are not the reference encoder's.
 //!
 //! Read in this order: [`BlockType`] (names and sizes), `decode.rs` (what the bytes mean), `encode/fit.rs` (how a
-//! group of weights finds its scale), `lanes.rs` and `arch/` (sixteen groups at once on each CPU).
+//! group of weights finds its scale), `lanes.rs` and `arch/` (sixteen groups at once on each CPU), `product/` (what a
+//! product is, to the bit), `words.rs` (sixteen rows at once), `elementwise.rs`.
 //!
 //! Left out: threads (the caller splits rows), importance matrices, and checks for NaN and infinity, which belong to
 //! whoever reads a checkpoint. Such values never cause a panic here: in integer blocks a NaN counts as 0 and values
@@ -14,12 +16,26 @@
 mod arch;
 mod block_type;
 mod decode;
+mod elementwise;
 mod encode;
 mod isa;
 mod lanes;
+mod product;
+mod words;
 
 pub use block_type::{BlockType, UnknownBlockType};
+pub use elementwise::{
+    exp_in_place, exp_in_place_with, gelu_tanh_in_place, gelu_tanh_in_place_with, silu_in_place,
+    silu_in_place_with, softmax_in_place, softmax_in_place_with, sum_of_squares,
+    sum_of_squares_with,
+};
 pub use isa::{Isa, isas};
+pub use product::{
+    ActivationRows, Activations, Columns, GateActivation, Matrix, accumulate_rows,
+    accumulate_rows_with, multiply, multiply_gated, multiply_gated_with, multiply_with,
+};
+
+use words::{Words, Work};
 
 /// Encodes `values` (whole blocks, usually a row or some rows) into `blocks`, little-endian, on the fastest
 /// instruction set of this CPU. Allocates nothing.
@@ -44,7 +60,7 @@ pub fn decode(block_type: BlockType, blocks: &[u8], values: &mut [f32]) {
 /// As [`encode()`], and when this CPU lacks `isa`.
 pub fn encode_with(isa: Isa, block_type: BlockType, values: &[f32], blocks: &mut [u8]) {
     assert_sizes(block_type, values.len(), blocks.len());
-    isa::encode(isa, block_type, values, blocks);
+    isa::run_lanes(isa, Encode(block_type, values, blocks));
 }
 
 /// [`decode()`] on a chosen instruction set, for tests and benches.
@@ -53,7 +69,25 @@ pub fn encode_with(isa: Isa, block_type: BlockType, values: &[f32], blocks: &mut
 /// As [`decode()`], and when this CPU lacks `isa`.
 pub fn decode_with(isa: Isa, block_type: BlockType, blocks: &[u8], values: &mut [f32]) {
     assert_sizes(block_type, values.len(), blocks.len());
-    isa::decode(isa, block_type, blocks, values);
+    isa::run_lanes(isa, Decode(block_type, blocks, values));
+}
+
+struct Encode<'a>(BlockType, &'a [f32], &'a mut [u8]);
+
+impl Work for Encode<'_> {
+    #[inline(always)]
+    fn run<W: Words>(self) {
+        encode::encode::<W::Lanes>(self.0, self.1, self.2);
+    }
+}
+
+struct Decode<'a>(BlockType, &'a [u8], &'a mut [f32]);
+
+impl Work for Decode<'_> {
+    #[inline(always)]
+    fn run<W: Words>(self) {
+        decode::decode::<W::Lanes>(self.0, self.1, self.2);
+    }
 }
 
 fn assert_sizes(block_type: BlockType, n_values: usize, n_bytes: usize) {

@@ -3,8 +3,9 @@
 use std::arch::x86_64::*;
 use std::ops::{Add, Div, Mul, Sub};
 
-use crate::BlockType;
+use super::avx2_words::WordYmm2;
 use crate::lanes::{Lanes, N_LANES};
+use crate::words::Work;
 
 /// Whether this CPU has what this file uses.
 pub(crate) fn is_available() -> bool {
@@ -13,37 +14,25 @@ pub(crate) fn is_available() -> bool {
         && is_x86_feature_detected!("f16c")
 }
 
-/// Encodes with AVX2. Panics where [`is_available`] is false.
-pub(crate) fn encode(block_type: BlockType, values: &[f32], blocks: &mut [u8]) {
+/// Does `work` with AVX2. Panics where [`is_available`] is false.
+pub(crate) fn run(work: impl Work) {
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn inner(block_type: BlockType, values: &[f32], blocks: &mut [u8]) {
-        crate::encode::encode::<Ymm2>(block_type, values, blocks);
+    fn inner(work: impl Work) {
+        work.run::<WordYmm2>();
     }
     assert!(is_available(), "this CPU has no AVX2, FMA and F16C");
     // SAFETY: the CPU has the features, as just asserted.
-    unsafe { inner(block_type, values, blocks) }
+    unsafe { inner(work) }
 }
 
-/// Decodes with AVX2. Panics where [`is_available`] is false.
-pub(crate) fn decode(block_type: BlockType, blocks: &[u8], values: &mut [f32]) {
-    #[target_feature(enable = "avx2,fma,f16c")]
-    fn inner(block_type: BlockType, blocks: &[u8], values: &mut [f32]) {
-        crate::decode::decode::<Ymm2>(block_type, blocks, values);
-    }
-    assert!(is_available(), "this CPU has no AVX2, FMA and F16C");
-    // SAFETY: the CPU has the features, as just asserted.
-    unsafe { inner(block_type, blocks, values) }
-}
-
-/// Sixteen f32 in two registers. Private to this file: its operations run only below `inner`.
+/// Sixteen f32 in two registers. Private to `arch`: its operations run only below `inner`.
 #[derive(Clone, Copy)]
-struct Ymm2(__m256, __m256);
+pub(super) struct Ymm2(pub(super) __m256, pub(super) __m256);
 
 /// Evaluates an intrinsic.
 macro_rules! simd {
     ($e:expr) => {
-        // SAFETY: `Ymm2` is private and reached only through the two functions above, which hold the CPU to the
-        // features; loads and stores go to the two halves of arrays of exactly the registers' size.
+        // SAFETY: `Ymm2` is reached only through `run`, which holds the CPU to the features; loads and stores go to the two halves of arrays of exactly the registers' size.
         unsafe { $e }
     };
 }
@@ -193,5 +182,49 @@ impl Lanes for Ymm2 {
             _mm_storeu_si128(x.as_mut_ptr().cast(), bytes);
         });
         x
+    }
+
+    #[inline(always)]
+    fn from_bf16(x: &[u16; N_LANES]) -> Self {
+        let eight = |x: &[u16]| {
+            simd!(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(
+                _mm256_cvtepu16_epi32(_mm_loadu_si128(x[..8].as_ptr().cast()))
+            )))
+        };
+        Ymm2(eight(x), eight(&x[8..]))
+    }
+
+    #[inline(always)]
+    fn power_of_two(self) -> Self {
+        let eight = |n| {
+            simd!(_mm256_castsi256_ps(_mm256_slli_epi32::<23>(
+                _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127))
+            )))
+        };
+        Ymm2(eight(self.0), eight(self.1))
+    }
+
+    #[inline(always)]
+    fn sum4(x: [Self; 4]) -> [f32; 4] {
+        simd!({
+            let eight = x.map(|x| _mm256_add_ps(x.0, x.1));
+            let fold = |a, b| {
+                // Lower half: the four of a; upper half: the four of b.
+                _mm256_add_ps(
+                    _mm256_permute2f128_ps::<0x20>(a, b),
+                    _mm256_permute2f128_ps::<0x31>(a, b),
+                )
+            };
+            let (ab, cd) = (fold(eight[0], eight[1]), fold(eight[2], eight[3]));
+            // In each half, two of the first register and two of the second, then one of each.
+            let two = _mm256_add_ps(
+                _mm256_shuffle_ps::<0b01_00_01_00>(ab, cd),
+                _mm256_shuffle_ps::<0b11_10_11_10>(ab, cd),
+            );
+            let one = _mm256_add_ps(two, _mm256_permute_ps::<0b11_11_01_01>(two));
+            let mut sums = [0.0; 8];
+            _mm256_storeu_ps(sums.as_mut_ptr(), one);
+            [sums[0], sums[4], sums[2], sums[6]]
+        })
     }
 }

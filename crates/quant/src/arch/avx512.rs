@@ -3,8 +3,9 @@
 use std::arch::x86_64::*;
 use std::ops::{Add, Div, Mul, Sub};
 
-use crate::BlockType;
+use super::avx512_words::WordZmm;
 use crate::lanes::{Lanes, N_LANES};
+use crate::words::Work;
 
 /// Whether this CPU has what this file uses.
 pub(crate) fn is_available() -> bool {
@@ -15,37 +16,41 @@ pub(crate) fn is_available() -> bool {
         && super::avx2::is_available()
 }
 
-/// Encodes with AVX-512. Panics where [`is_available`] is false.
-pub(crate) fn encode(block_type: BlockType, values: &[f32], blocks: &mut [u8]) {
+/// Whether this CPU also multiplies bytes with VNNI.
+pub(crate) fn has_vnni() -> bool {
+    is_available() && is_x86_feature_detected!("avx512vnni")
+}
+
+/// Does `work` with AVX-512. Panics where [`is_available`] is false.
+pub(crate) fn run(work: impl Work) {
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-    fn inner(block_type: BlockType, values: &[f32], blocks: &mut [u8]) {
-        crate::encode::encode::<Zmm>(block_type, values, blocks);
+    fn inner(work: impl Work) {
+        work.run::<WordZmm<false>>();
     }
     assert!(is_available(), "this CPU has no AVX-512");
     // SAFETY: the CPU has the features, as just asserted.
-    unsafe { inner(block_type, values, blocks) }
+    unsafe { inner(work) }
 }
 
-/// Decodes with AVX-512. Panics where [`is_available`] is false.
-pub(crate) fn decode(block_type: BlockType, blocks: &[u8], values: &mut [f32]) {
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-    fn inner(block_type: BlockType, blocks: &[u8], values: &mut [f32]) {
-        crate::decode::decode::<Zmm>(block_type, blocks, values);
+/// Does `work` with AVX-512 and VNNI. Panics where [`has_vnni`] is false.
+pub(crate) fn run_vnni(work: impl Work) {
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+    fn inner(work: impl Work) {
+        work.run::<WordZmm<true>>();
     }
-    assert!(is_available(), "this CPU has no AVX-512");
+    assert!(has_vnni(), "this CPU has no AVX-512 VNNI");
     // SAFETY: the CPU has the features, as just asserted.
-    unsafe { inner(block_type, blocks, values) }
+    unsafe { inner(work) }
 }
 
-/// Sixteen f32 in a register. Private to this file: its operations run only below `inner`.
+/// Sixteen f32 in a register. Private to `arch`: its operations run only below `inner`.
 #[derive(Clone, Copy)]
-struct Zmm(__m512);
+pub(super) struct Zmm(pub(super) __m512);
 
 /// Evaluates an intrinsic.
 macro_rules! simd {
     ($e:expr) => {
-        // SAFETY: `Zmm` is private and reached only through the two functions above, which hold the CPU to the
-        // features; loads and stores go to arrays of exactly the register's size.
+        // SAFETY: `Zmm` is reached only through `run` and `run_vnni`, which hold the CPU to the features; loads and stores go to arrays of exactly the register's size.
         unsafe { $e }
     };
 }
@@ -158,5 +163,42 @@ impl Lanes for Zmm {
             _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(self.0))
         ));
         x
+    }
+
+    #[inline(always)]
+    fn from_bf16(x: &[u16; N_LANES]) -> Self {
+        Zmm(simd!(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(
+            _mm512_cvtepu16_epi32(_mm256_loadu_si256(x.as_ptr().cast()))
+        ))))
+    }
+
+    #[inline(always)]
+    fn power_of_two(self) -> Self {
+        Zmm(simd!(_mm512_castsi512_ps(_mm512_slli_epi32::<23>(
+            _mm512_add_epi32(_mm512_cvtps_epi32(self.0), _mm512_set1_epi32(127))
+        ))))
+    }
+
+    #[inline(always)]
+    fn sum4(x: [Self; 4]) -> [f32; 4] {
+        simd!({
+            let halves = |a, b| {
+                // Lower half: the eight of a; upper half: the eight of b.
+                _mm512_add_ps(
+                    _mm512_shuffle_f32x4::<0b01_00_01_00>(a, b),
+                    _mm512_shuffle_f32x4::<0b11_10_11_10>(a, b),
+                )
+            };
+            let (ab, cd) = (halves(x[0].0, x[1].0), halves(x[2].0, x[3].0));
+            // Each quarter: the four of one of them.
+            let four = _mm512_add_ps(
+                _mm512_shuffle_f32x4::<0b10_00_10_00>(ab, cd),
+                _mm512_shuffle_f32x4::<0b11_01_11_01>(ab, cd),
+            );
+            let two = _mm512_add_ps(four, _mm512_permute_ps::<0b11_10_11_10>(four));
+            let one = _mm512_add_ps(two, _mm512_permute_ps::<0b01_01_01_01>(two));
+            let sums = Zmm(one).store();
+            [sums[0], sums[4], sums[8], sums[12]]
+        })
     }
 }

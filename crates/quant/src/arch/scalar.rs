@@ -4,19 +4,17 @@ use std::ops::{Add, Div, Mul, Sub};
 
 use half::f16;
 
-use crate::BlockType;
+use super::scalar_words::WordArray;
 use crate::lanes::{Lanes, N_LANES};
+use crate::words::Work;
 
 /// Sixteen f32 in an array.
 #[derive(Clone, Copy)]
-pub(crate) struct Array([f32; N_LANES]);
+pub(crate) struct Array(pub(super) [f32; N_LANES]);
 
-pub(crate) fn encode(block_type: BlockType, values: &[f32], blocks: &mut [u8]) {
-    crate::encode::encode::<Array>(block_type, values, blocks);
-}
-
-pub(crate) fn decode(block_type: BlockType, blocks: &[u8], values: &mut [f32]) {
-    crate::decode::decode::<Array>(block_type, blocks, values);
+/// Does `work` in plain Rust.
+pub(crate) fn run(work: impl Work) {
+    work.run::<WordArray>();
 }
 
 impl Array {
@@ -128,5 +126,31 @@ impl Lanes for Array {
     #[inline(always)]
     fn to_i8(self) -> [i8; N_LANES] {
         self.0.map(|a| a as i8)
+    }
+
+    #[inline(always)]
+    fn from_bf16(x: &[u16; N_LANES]) -> Self {
+        Array(x.map(|a| f32::from_bits(u32::from(a) << 16)))
+    }
+
+    #[inline(always)]
+    fn power_of_two(self) -> Self {
+        Array(
+            self.0
+                .map(|n| f32::from_bits(((n as i32 + 127) << 23) as u32)),
+        )
+    }
+
+    #[inline(always)]
+    fn sum4(x: [Self; 4]) -> [f32; 4] {
+        x.map(|x| {
+            let mut x = x.0;
+            for n in [8, 4, 2, 1] {
+                for i in 0..n {
+                    x[i] += x[n + i];
+                }
+            }
+            x[0]
+        })
     }
 }

@@ -1,0 +1,198 @@
+//! The words as two 256-bit registers (AVX2 and F16C).
+
+use std::arch::x86_64::*;
+
+use super::Rows;
+use super::avx2::Ymm2;
+use crate::words::Words;
+
+/// Sixteen words in two registers. Made only below `avx2::run`, which holds the CPU to the features.
+#[derive(Clone, Copy)]
+pub(super) struct WordYmm2(__m256i, __m256i);
+
+/// Evaluates an intrinsic.
+macro_rules! simd {
+    ($e:expr) => {
+        // SAFETY: `WordYmm2` is reached only through `avx2::run`, which holds the CPU to the features; loads are from
+        // places that `Rows` has checked.
+        unsafe { $e }
+    };
+}
+
+impl WordYmm2 {
+    #[inline(always)]
+    fn zip(self, b: Self, f: impl Fn(__m256i, __m256i) -> __m256i) -> Self {
+        WordYmm2(f(self.0, b.0), f(self.1, b.1))
+    }
+}
+
+/// Four columns of eight rows, from row `first` on.
+#[inline(always)]
+fn columns8<const BYTES: usize>(
+    rows: &Rows<'_, BYTES>,
+    first: usize,
+    offset_bytes: usize,
+) -> [__m256i; 4] {
+    // Register i holds row i in its lower half and row 4 + i in its upper; a 4 x 4 transposition within the halves then
+    // puts the rows in order.
+    let pair = |i: usize| {
+        let (low, high) = (
+            rows.at::<16>(first + i, offset_bytes).cast(),
+            rows.at::<16>(first + 4 + i, offset_bytes).cast(),
+        );
+        simd!(_mm256_inserti128_si256::<1>(
+            _mm256_castsi128_si256(_mm_loadu_si128(low)),
+            _mm_loadu_si128(high)
+        ))
+    };
+    let (a, b, c, d) = (pair(0), pair(1), pair(2), pair(3));
+    simd!({
+        let (ab, ab_high) = (_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+        let (cd, cd_high) = (_mm256_unpacklo_epi32(c, d), _mm256_unpackhi_epi32(c, d));
+        [
+            _mm256_unpacklo_epi64(ab, cd),
+            _mm256_unpackhi_epi64(ab, cd),
+            _mm256_unpacklo_epi64(ab_high, cd_high),
+            _mm256_unpackhi_epi64(ab_high, cd_high),
+        ]
+    })
+}
+
+impl Words for WordYmm2 {
+    type Lanes = Ymm2;
+
+    const N_AT_ONCE: usize = 2;
+    const I8_OFFSET: i32 = 0;
+
+    #[inline(always)]
+    fn splat(x: i32) -> Self {
+        simd!(WordYmm2(_mm256_set1_epi32(x), _mm256_set1_epi32(x)))
+    }
+
+    #[inline(always)]
+    fn columns<const BYTES: usize>(rows: &Rows<'_, BYTES>, offset_bytes: usize) -> [Self; 4] {
+        let (upper, lower) = (
+            columns8(rows, 0, offset_bytes),
+            columns8(rows, 8, offset_bytes),
+        );
+        std::array::from_fn(|j| WordYmm2(upper[j], lower[j]))
+    }
+
+    #[inline(always)]
+    fn f16_column<const BYTES: usize>(rows: &Rows<'_, BYTES>, offset_bytes: usize) -> Ymm2 {
+        let half = |r| i16::from_le_bytes(rows.bytes(r, offset_bytes));
+        let eight = |r| {
+            simd!(_mm256_cvtph_ps(_mm_setr_epi16(
+                half(r),
+                half(r + 1),
+                half(r + 2),
+                half(r + 3),
+                half(r + 4),
+                half(r + 5),
+                half(r + 6),
+                half(r + 7)
+            )))
+        };
+        Ymm2(eight(0), eight(8))
+    }
+
+    #[inline(always)]
+    fn and(self, b: Self) -> Self {
+        self.zip(b, |a, b| simd!(_mm256_and_si256(a, b)))
+    }
+
+    #[inline(always)]
+    fn or(self, b: Self) -> Self {
+        self.zip(b, |a, b| simd!(_mm256_or_si256(a, b)))
+    }
+
+    #[inline(always)]
+    fn shl<const N: u32>(self) -> Self {
+        let n = simd!(_mm_cvtsi32_si128(N as i32));
+        self.zip(self, |a, _| simd!(_mm256_sll_epi32(a, n)))
+    }
+
+    #[inline(always)]
+    fn shr<const N: u32>(self) -> Self {
+        let n = simd!(_mm_cvtsi32_si128(N as i32));
+        self.zip(self, |a, _| simd!(_mm256_srl_epi32(a, n)))
+    }
+
+    #[inline(always)]
+    fn sar<const N: u32>(self) -> Self {
+        let n = simd!(_mm_cvtsi32_si128(N as i32));
+        self.zip(self, |a, _| simd!(_mm256_sra_epi32(a, n)))
+    }
+
+    #[inline(always)]
+    fn add(self, b: Self) -> Self {
+        self.zip(b, |a, b| simd!(_mm256_add_epi32(a, b)))
+    }
+
+    #[inline(always)]
+    fn mul(self, b: Self) -> Self {
+        self.zip(b, |a, b| simd!(_mm256_mullo_epi32(a, b)))
+    }
+
+    #[inline(always)]
+    fn dot_u7(self, w: Self, x: i32) -> Self {
+        // Pairs reach 2 * 127 * 127 = 32258 and cannot saturate.
+        let x = simd!(_mm256_set1_epi32(x));
+        let four = |w| {
+            simd!(_mm256_madd_epi16(
+                _mm256_maddubs_epi16(w, x),
+                _mm256_set1_epi16(1)
+            ))
+        };
+        self.add(WordYmm2(four(w.0), four(w.1)))
+    }
+
+    #[inline(always)]
+    fn bytes_i8(self) -> Self {
+        self
+    }
+
+    #[inline(always)]
+    fn dot_i8(self, w: Self, x: i32) -> Self {
+        // The sign moves to x. Pairs reach 2 * 128 * 127 = 32512 and cannot saturate.
+        let x = simd!(_mm256_set1_epi32(x));
+        let four = |w| {
+            simd!(_mm256_madd_epi16(
+                _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w)),
+                _mm256_set1_epi16(1)
+            ))
+        };
+        self.add(WordYmm2(four(w.0), four(w.1)))
+    }
+
+    #[inline(always)]
+    fn dot_pairs(self, w: Self, x: i32) -> Self {
+        let x = simd!(_mm256_set1_epi32(x));
+        let two = |w| simd!(_mm256_madd_epi16(w, x));
+        self.add(WordYmm2(two(w.0), two(w.1)))
+    }
+
+    #[inline(always)]
+    fn to_f32(self) -> Ymm2 {
+        simd!(Ymm2(_mm256_cvtepi32_ps(self.0), _mm256_cvtepi32_ps(self.1)))
+    }
+
+    #[inline(always)]
+    fn f16_low(self) -> Ymm2 {
+        let low = self.and(Self::splat(0xffff));
+        simd!({
+            // The pack works within 128-bit halves: the permutation puts the four quarters back in order.
+            let packed = _mm256_packus_epi32(low.0, low.1);
+            let packed = _mm256_permute4x64_epi64::<0b11_01_10_00>(packed);
+            Ymm2(
+                _mm256_cvtph_ps(_mm256_castsi256_si128(packed)),
+                _mm256_cvtph_ps(_mm256_extracti128_si256::<1>(packed)),
+            )
+        })
+    }
+
+    #[inline(always)]
+    fn f16_high(self) -> Ymm2 {
+        self.shr::<16>().f16_low()
+    }
+}
