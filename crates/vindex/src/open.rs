@@ -14,6 +14,7 @@ use quant::BlockType;
 use serde::de::DeserializeOwned;
 
 use crate::error::{Error, Wrong, WrongPart};
+use crate::gguf::{self, MetaValue};
 use crate::index::{INDEX_FILE, Index, Tensor, VindexId, read_bounded};
 use crate::provenance::{PROVENANCE_FILE, Provenance};
 use crate::slice::{Recorded, SLICE_FILE, Slice};
@@ -166,6 +167,22 @@ impl Vindex {
             block_type: *block_type,
             bytes,
         })
+    }
+
+    /// Key-values of the first part: what the model is, its tokenizer and its chat template. Every slice has that part.
+    /// Reads the whole header, so that a caller who needs several keys keeps it.
+    ///
+    /// # Errors
+    /// [`Error::Index`] when the part is no GGUF file.
+    pub fn metadata(&self) -> Result<Vec<(String, MetaValue)>, Error> {
+        let bytes = self.part_bytes(0).unwrap_or_default();
+        match gguf::read_header(bytes) {
+            Ok(header) => Ok(header.metadata),
+            Err(reason) => Err(Error::Index {
+                path: self.dir.join(&self.index.parts[0].file),
+                reason: reason.to_string(),
+            }),
+        }
     }
 
     /// The mapped bytes of a part; `None` when this slice has it not.
