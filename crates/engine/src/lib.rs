@@ -1,17 +1,34 @@
 //! Tokens to logits: attention here, feed-forward rows from whoever holds the weights.
 //!
-//! Read in this order: [`FeedForward`] (the seam: one method over a batch of rows), [`Request`] and [`Event`] (what
-//! goes in and comes out), [`Tokenizer`] (texts to tokens and back).
+//! Read in this order: [`Forward`] (the pass, on one page), `attention.rs` and [`KvCache`] (what a row sees of the rows
+//! before it), [`FeedForward`] (the seam: one method over a batch of rows) and [`Local`] (the weights of this process),
+//! [`Request`] and [`Event`] (what goes in and comes out), [`Tokenizer`] (texts to tokens and back).
 //!
 //! Invariant: a row's result depends on that row alone, not on the rows computed beside it, on threads, or on who
 //! computed it; so a split run gives bit for bit the logits of an unsplit one. No async and no HTTP here.
 
+mod attention;
 mod ffn;
+mod forward;
+mod kv;
+mod local;
+mod model;
 mod request;
+mod rope;
+mod router;
+mod rows;
+mod threads;
 mod tokenizer;
+mod weights;
 
 pub use ffn::{Batch, FeedForward, FfnError, Visit};
+pub use forward::{Forward, StepError, Wanted, Work};
+pub use kv::{KvCache, KvType, OutOfPages, PAGE, Sequence, UnknownKvType};
+pub use local::Local;
+pub use model::Model;
 pub use request::{
     EngineError, Event, FinishReason, Request, Sampling, Sink, Token, TokenLogprob, Usage,
 };
+pub use threads::Pool;
 pub use tokenizer::{Decoder, Tokenizer, TokenizerError};
+pub use weights::ModelError;

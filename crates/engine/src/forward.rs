@@ -1,0 +1,460 @@
+//! One step: new tokens of some sequences go in, logits come out.
+//!
+//! The pass, in the order of the code below, with `n` rows (tokens of all sequences in the batch):
+//!
+//! ```text
+//! x        (n, hidden)                    embedding of each token, times embedding_scale
+//! for each layer
+//!   normed   (n, hidden)                  RMS norm of x
+//!   q        (n, n_heads * key_length)    products with the layer's matrices, + bias
+//!   k, v     (n, n_kv_heads * …)          q and k normed and turned by their position; k and v go to the pages
+//!   mixed    (n, n_heads * value_length)  softmax(q k^T * scale) v over what each row may see
+//!   delta    (n, hidden)                  output projection, + bias, post norm;  x += delta
+//!   normed   (n, hidden)                  RMS norm of x; the router says which experts each row visits
+//!   visited  (n_visits, hidden)           from whoever holds the feed-forward weights
+//!   delta    (n, hidden)                  weighted sum in the router's order, post norm;  x += delta
+//! logits   (rows asked for, vocab)        RMS norm, output head, soft cap
+//! ```
+//!
+//! Invariant: a row's logits depend on the tokens of its own sequence alone: not on how a prompt is cut into steps, on the
+//! sequences beside it, on threads, or on who computes the feed-forward rows. A step that fails leaves every sequence as
+//! it was. Left out: which tokens come next and whose turn it is.
+
+use std::sync::Arc;
+
+use quant::{Activations, BlockType};
+use vindex::Config;
+
+use crate::attention::{Head, Span, mix, remember};
+use crate::ffn::{Batch, FeedForward, FfnError, Visit};
+use crate::kv::{OutOfPages, Sequence};
+use crate::model::{Layer, Model};
+use crate::router::route;
+use crate::rows::{
+    add, add_weighted, parts, rms_norm, rms_norm_in_place, rows_per_task, sized, softcap,
+};
+use crate::threads::Pool;
+
+/// New tokens of one sequence.
+#[derive(Debug)]
+pub struct Work<'a> {
+    /// What came before; after the step it has the new tokens too.
+    pub sequence: &'a mut Sequence,
+    /// The new tokens, at least one.
+    pub tokens: &'a [u32],
+    /// After which of them the next token is asked for.
+    pub logits: Wanted,
+}
+
+/// After which of the new tokens logits are wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wanted {
+    /// None: more of the prompt follows.
+    Nothing,
+    /// The last.
+    Last,
+    /// Each.
+    All,
+}
+
+impl Wanted {
+    /// Rows of logits for `n_tokens`.
+    pub fn n_rows(self, n_tokens: usize) -> usize {
+        match self {
+            Wanted::Nothing => 0,
+            Wanted::Last => n_tokens.min(1),
+            Wanted::All => n_tokens,
+        }
+    }
+}
+
+/// Why a step was not done. The sequences are as they were.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum StepError {
+    /// The feed-forward rows could not be had.
+    #[error(transparent)]
+    Ffn(#[from] FfnError),
+    /// The new tokens do not fit the cache.
+    #[error(transparent)]
+    OutOfPages(#[from] OutOfPages),
+    /// A token that the model does not know.
+    #[error("token {id} is not among the model's {vocab}")]
+    Token {
+        /// The token.
+        id: u32,
+        /// How many there are.
+        vocab: u32,
+    },
+    /// The sequences have not the model's layers or heads, or there is no token.
+    #[error("{0}")]
+    Invalid(String),
+}
+
+/// Computes steps of one model. Keeps its buffers, so that a step of a size that was seen before allocates only lists
+/// of tasks.
+pub struct Forward {
+    model: Arc<Model>,
+    pool: Arc<Pool>,
+    ffn: Arc<dyn FeedForward>,
+    buffers: Buffers,
+}
+
+/// See the module's drawing for the shapes.
+#[derive(Default)]
+struct Buffers {
+    x: Vec<f32>,
+    normed: Vec<f32>,
+    q: Vec<f32>,
+    k: Vec<f32>,
+    v: Vec<f32>,
+    mixed: Vec<f32>,
+    delta: Vec<f32>,
+    visited: Vec<f32>,
+    logits: Vec<f32>,
+    /// `(n, n_pairs)`: cosine and sine, of all layers and of those that slide.
+    angles: [Vec<[f32; 2]>; 2],
+    /// `(n, n_experts)`.
+    router_logits: Vec<f32>,
+    /// `(n, n_used)`, with the weight of each visit.
+    visits: Vec<Visit>,
+    weights: Vec<f32>,
+    /// Rows as the products take them.
+    activations: Activations,
+    /// `(n * n_heads, key_length)`: queries as the products with keys take them.
+    queries: Activations,
+}
+
+impl std::fmt::Debug for Forward {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Forward")
+            .field("model", &self.model)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Forward {
+    /// A pass over `model` on the threads of `pool`, with feed-forward rows from `ffn`.
+    pub fn new(model: Arc<Model>, pool: Arc<Pool>, ffn: Arc<dyn FeedForward>) -> Forward {
+        Forward {
+            model,
+            pool,
+            ffn,
+            buffers: Buffers::default(),
+        }
+    }
+
+    /// The model.
+    pub fn model(&self) -> &Arc<Model> {
+        &self.model
+    }
+
+    /// Takes in the tokens of each work and gives the logits that are wanted, `(rows, vocab)` row-major in the order of
+    /// the works and their tokens. The logits stay until the next step.
+    ///
+    /// # Errors
+    /// [`StepError`]; every sequence is as it was.
+    pub fn step(&mut self, works: &mut [Work<'_>]) -> Result<&[f32], StepError> {
+        self.check(works)?;
+        let reserved = works
+            .iter_mut()
+            .try_for_each(|w| w.sequence.reserve(w.tokens.len()));
+        let done = reserved
+            .map_err(StepError::from)
+            .and_then(|()| Ok(self.pass(works)?));
+        for work in works.iter_mut() {
+            match done {
+                Ok(_) => work.sequence.advance(work.tokens.len()),
+                Err(_) => work.sequence.unreserve(),
+            }
+        }
+        let n_logits = done?;
+        Ok(&self.buffers.logits[..n_logits])
+    }
+
+    fn check(&self, works: &[Work<'_>]) -> Result<(), StepError> {
+        let config = self.model.config();
+        for work in works {
+            if work.tokens.is_empty() {
+                return Err(StepError::Invalid("a work has no tokens".to_owned()));
+            }
+            if !work.sequence.is_of(config) {
+                let reason = "a sequence belongs to another model's cache";
+                return Err(StepError::Invalid(reason.to_owned()));
+            }
+            if let Some(&id) = work.tokens.iter().find(|&&id| id >= config.vocab) {
+                let vocab = config.vocab;
+                return Err(StepError::Token { id, vocab });
+            }
+        }
+        Ok(())
+    }
+
+    /// The pass on this page. Gives the number of logits.
+    fn pass(&mut self, works: &mut [Work<'_>]) -> Result<usize, FfnError> {
+        let Forward {
+            model,
+            pool,
+            ffn,
+            buffers,
+        } = self;
+        let config = model.config();
+        let n: usize = works.iter().map(|work| work.tokens.len()).sum();
+        buffers.embed(model, works, n, pool);
+        buffers.angles(model, works, n);
+        for (l, layer) in model.layers.iter().enumerate() {
+            buffers.attend(model, l, layer, works, n, pool);
+            buffers.route(model, layer, n, pool);
+            let hidden = config.hidden as usize;
+            let batch = Batch {
+                rows: &buffers.normed[..n * hidden],
+                visits: &buffers.visits,
+            };
+            let visited = sized(&mut buffers.visited, batch.visits.len() * hidden);
+            ffn.forward(l as u32, batch, visited)?;
+            buffers.add_visited(config, layer, n, pool);
+        }
+        Ok(buffers.logits(model, works, pool))
+    }
+}
+
+impl Buffers {
+    /// Fills `x` with the embeddings of the tokens.
+    fn embed(&mut self, model: &Model, works: &[Work<'_>], n: usize, pool: &Pool) {
+        let config = model.config();
+        let hidden = config.hidden as usize;
+        let w = model.embeddings.matrix(model.vindex());
+        let row_bytes = w.bytes.len() / w.n_rows;
+        let tokens = works.iter().flat_map(|work| work.tokens);
+        let rows = sized(&mut self.x, n * hidden)
+            .chunks_exact_mut(hidden)
+            .zip(tokens);
+        let embed = |(row, &token): (&mut [f32], &u32)| {
+            let bytes = &w.bytes[token as usize * row_bytes..][..row_bytes];
+            quant::decode(w.block_type, bytes, row);
+            row.iter_mut().for_each(|x| *x *= config.embedding_scale);
+        };
+        pool.for_each(rows, embed);
+    }
+
+    /// Fills the angles of each row's position.
+    fn angles(&mut self, model: &Model, works: &[Work<'_>], n: usize) {
+        let rope = &model.rope;
+        let n_pairs = rope.n_pairs();
+        let [all, sliding] = &mut self.angles;
+        for (angles, is_sliding) in [(all, false), (sliding, true)] {
+            if is_sliding && !rope.has_sliding() {
+                continue;
+            }
+            let positions = works
+                .iter()
+                .flat_map(|w| w.sequence.len()..w.sequence.len() + w.tokens.len());
+            let rows = sized(angles, n * n_pairs).chunks_exact_mut(n_pairs.max(1));
+            for (row, position) in rows.zip(positions) {
+                rope.angles(position, is_sliding, row);
+            }
+        }
+    }
+
+    /// Attention: `x` gets its part, and `normed` becomes what enters the feed-forward layer.
+    fn attend(
+        &mut self,
+        model: &Model,
+        l: usize,
+        layer: &Layer,
+        works: &mut [Work<'_>],
+        n: usize,
+        pool: &Pool,
+    ) {
+        let config = model.config();
+        let (a, eps, hidden) = (&config.attention, config.norm_eps, config.hidden as usize);
+        let n_threads = pool.n_threads();
+        let vindex = model.vindex();
+        let normed = sized(&mut self.normed, n * hidden);
+        norm_rows(&self.x[..n * hidden], &layer.attn_norm, eps, normed, pool);
+
+        let [w_q, w_k, w_v] = [&layer.q, &layer.k, &layer.v].map(|w| w.matrix(vindex));
+        self.activations.fill(
+            normed,
+            hidden,
+            &[w_q.block_type, w_k.block_type, w_v.block_type],
+        );
+        let q = sized(&mut self.q, n * w_q.n_rows);
+        let k = sized(&mut self.k, n * w_k.n_rows);
+        let v = sized(&mut self.v, n * w_v.n_rows);
+        let x = self.activations.all();
+        let products = parts(w_q, q, 2, n_threads)
+            .chain(parts(w_k, k, 4, n_threads))
+            .chain(parts(w_v, v, 4, n_threads));
+        pool.for_each(products, |p| quant::multiply(&p.w, p.rows, x, p.out));
+
+        let head = Head {
+            config: a,
+            norm_eps: eps,
+            rope: &model.rope,
+        };
+        let is_sliding = layer.slides() && model.rope.has_sliding();
+        let angles = &self.angles[usize::from(is_sliding)];
+        let mut spans: Vec<Span<'_>> = works
+            .iter_mut()
+            .map(|work| Span {
+                n_rows: work.tokens.len(),
+                sequence: work.sequence,
+            })
+            .collect();
+        remember(&head, layer, l, &mut spans, (&mut *q, k, v), angles, pool);
+        let kv_type = spans
+            .first()
+            .map_or(BlockType::F32, |span| span.sequence.block_type());
+        self.queries.fill(q, a.key_length as usize, &[kv_type]);
+        let mixed = sized(&mut self.mixed, n * (a.n_heads * a.value_length) as usize);
+        mix(&head, layer, l, &spans, &self.queries, mixed, pool);
+
+        let w = layer.output.matrix(vindex);
+        self.activations.fill(mixed, w.n_cols, &[w.block_type]);
+        let delta = sized(&mut self.delta, n * hidden);
+        let x = self.activations.all();
+        pool.for_each(parts(w, delta, 1, n_threads), |p| {
+            quant::multiply(&p.w, p.rows, x, p.out)
+        });
+
+        let per_task = rows_per_task(n, n_threads) * hidden;
+        let tasks = self.x[..n * hidden]
+            .chunks_mut(per_task)
+            .zip(delta.chunks_mut(per_task))
+            .zip(normed.chunks_mut(per_task));
+        pool.for_each(tasks, |((x, delta), normed)| {
+            let rows = x
+                .chunks_exact_mut(hidden)
+                .zip(delta.chunks_exact_mut(hidden));
+            for ((x, delta), normed) in rows.zip(normed.chunks_exact_mut(hidden)) {
+                if let Some(bias) = &layer.output_bias {
+                    add(delta, bias);
+                }
+                if let Some([after_attention, _]) = &layer.post_norms {
+                    rms_norm_in_place(delta, after_attention, eps);
+                }
+                add(x, delta);
+                rms_norm(x, &layer.ffn_norm, eps, normed);
+            }
+        });
+    }
+
+    /// Fills `visits` and `weights`: which experts the rows of `normed` go through.
+    fn route(&mut self, model: &Model, layer: &Layer, n: usize, pool: &Pool) {
+        self.visits.clear();
+        let (Some(router), Some(experts)) = (&layer.router, &model.config().experts) else {
+            self.visits
+                .extend((0..n as u32).map(|row| Visit { row, expert: 0 }));
+            return;
+        };
+        let w = router.matrix(model.vindex());
+        self.activations
+            .fill(&self.normed[..n * w.n_cols], w.n_cols, &[w.block_type]);
+        let logits = sized(&mut self.router_logits, n * w.n_rows);
+        let x = self.activations.all();
+        pool.for_each(parts(w, logits, 1, pool.n_threads()), |p| {
+            quant::multiply(&p.w, p.rows, x, p.out);
+        });
+        let n_used = experts.n_used as usize;
+        let weights = sized(&mut self.weights, n * n_used);
+        let mut chosen = vec![0; n_used];
+        let rows = logits
+            .chunks_exact_mut(w.n_rows)
+            .zip(weights.chunks_exact_mut(n_used));
+        for (row, (logits, weights)) in rows.enumerate() {
+            route(experts, logits, &mut chosen, weights);
+            self.visits.extend(chosen.iter().map(|&expert| Visit {
+                row: row as u32,
+                expert,
+            }));
+        }
+    }
+
+    /// Adds the feed-forward rows to `x`.
+    fn add_visited(&mut self, config: &Config, layer: &Layer, n: usize, pool: &Pool) {
+        let hidden = config.hidden as usize;
+        let n_used = config.experts.map_or(1, |experts| experts.n_used as usize);
+        let weights = config.experts.map(|_| &self.weights[..n * n_used]);
+        let visited = &self.visited[..n * n_used * hidden];
+        let n_rows = rows_per_task(n, pool.n_threads());
+        let tasks = self.x[..n * hidden]
+            .chunks_mut(n_rows * hidden)
+            .zip(self.delta[..n * hidden].chunks_mut(n_rows * hidden))
+            .zip(visited.chunks(n_rows * n_used * hidden))
+            .enumerate();
+        pool.for_each(tasks, |(task, ((x, delta), visited))| {
+            let rows = x
+                .chunks_exact_mut(hidden)
+                .zip(delta.chunks_exact_mut(hidden));
+            for (i, ((x, delta), visited)) in
+                rows.zip(visited.chunks_exact(n_used * hidden)).enumerate()
+            {
+                match weights {
+                    None => delta.copy_from_slice(visited),
+                    Some(weights) => {
+                        delta.fill(0.0);
+                        let weights = &weights[(task * n_rows + i) * n_used..][..n_used];
+                        for (weight, row) in weights.iter().zip(visited.chunks_exact(hidden)) {
+                            add_weighted(delta, *weight, row);
+                        }
+                    }
+                }
+                if let Some([_, after_feed_forward]) = &layer.post_norms {
+                    rms_norm_in_place(delta, after_feed_forward, config.norm_eps);
+                }
+                add(x, delta);
+            }
+        });
+    }
+
+    /// Fills `logits` and gives their number.
+    fn logits(&mut self, model: &Model, works: &[Work<'_>], pool: &Pool) -> usize {
+        let config = model.config();
+        let hidden = config.hidden as usize;
+        let n_wanted: usize = works.iter().map(|w| w.logits.n_rows(w.tokens.len())).sum();
+        if n_wanted == 0 {
+            return 0;
+        }
+        // The wanted rows, gathered at the front of `normed`.
+        let mut end = 0;
+        let mut wanted = self.normed.chunks_exact_mut(hidden);
+        for work in works {
+            end += work.tokens.len();
+            for row in end - work.logits.n_rows(work.tokens.len())..end {
+                let Some(target) = wanted.next() else { break };
+                rms_norm(
+                    &self.x[row * hidden..][..hidden],
+                    &model.output_norm,
+                    config.norm_eps,
+                    target,
+                );
+            }
+        }
+        let w = model.head.matrix(model.vindex());
+        self.activations
+            .fill(&self.normed[..n_wanted * hidden], hidden, &[w.block_type]);
+        let logits = sized(&mut self.logits, n_wanted * w.n_rows);
+        let x = self.activations.all();
+        pool.for_each(parts(w, logits, 1, pool.n_threads()), |p| {
+            quant::multiply(&p.w, p.rows, x, p.out);
+        });
+        if let Some(cap) = config.logit_softcap {
+            pool.for_each(logits.chunks_mut(1 << 14), |logits| softcap(logits, cap));
+        }
+        n_wanted * w.n_rows
+    }
+}
+
+/// RMS norm of rows.
+fn norm_rows(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32], pool: &Pool) {
+    let width = weight.len();
+    let per_task = rows_per_task(x.len() / width, pool.n_threads()) * width;
+    pool.for_each(
+        x.chunks(per_task).zip(out.chunks_mut(per_task)),
+        |(x, out)| {
+            for (x, out) in x.chunks_exact(width).zip(out.chunks_exact_mut(width)) {
+                rms_norm(x, weight, eps, out);
+            }
+        },
+    );
+}

@@ -1,0 +1,426 @@
+//! The memory of attention: keys and values of the tokens that a sequence has seen, in pages.
+//!
+//! A page holds [`PAGE`] positions of all layers; a sequence is a list of pages and a length. Pages are counted
+//! references: a fork shares them, and whoever writes to a shared one gets a copy of its own first. So a prefix is
+//! reused by [`Sequence::fork`], and a step or a draft is undone by [`Sequence::truncate`]. A page's bytes are, with
+//! W the width of a key head and V that of a value head,
+//!
+//! ```text
+//! for each layer:  for each key/value head:  keys   (PAGE, W)   row-major, f16 or f32, little-endian
+//!                  for each key/value head:  values (PAGE, V)
+//! ```
+//!
+//! so that a head's keys of a page are one matrix for `quant`.
+//!
+//! Invariant: the pages of all sequences together never take more than the cache's ceiling; a sequence that would go
+//! beyond gets [`OutOfPages`] and stays as it was. Left out: whose turn it is then, which is the scheduler's.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use quant::{BlockType, Matrix};
+use vindex::Config;
+
+/// Positions in a page.
+pub const PAGE: usize = 64;
+
+/// How keys and values are stored.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum KvType {
+    /// Half precision.
+    #[default]
+    F16,
+    /// Single precision, twice as large.
+    F32,
+}
+
+/// Neither `f16` nor `f32`.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is no type of keys and values; use f16 or f32")]
+pub struct UnknownKvType(pub String);
+
+impl std::str::FromStr for KvType {
+    type Err = UnknownKvType;
+
+    fn from_str(text: &str) -> Result<KvType, UnknownKvType> {
+        match text {
+            "f16" => Ok(KvType::F16),
+            "f32" => Ok(KvType::F32),
+            _ => Err(UnknownKvType(text.to_owned())),
+        }
+    }
+}
+
+impl KvType {
+    pub(crate) fn block_type(self) -> BlockType {
+        match self {
+            KvType::F16 => BlockType::F16,
+            KvType::F32 => BlockType::F32,
+        }
+    }
+}
+
+/// No page is left under the ceiling.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the KV cache has {n_free} of {n_pages} pages left and {n_needed} are needed")]
+pub struct OutOfPages {
+    /// Pages asked for.
+    pub n_needed: usize,
+    /// Pages that nobody uses.
+    pub n_free: usize,
+    /// Pages under the ceiling.
+    pub n_pages: usize,
+}
+
+/// Where sequences take their pages from. A clone is another handle of the same cache.
+#[derive(Clone, Debug)]
+pub struct KvCache {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    shape: Shape,
+    n_pages: usize,
+    n_used: AtomicUsize,
+}
+
+/// What a page looks like.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Shape {
+    kv_type: KvType,
+    n_layers: usize,
+    n_kv_heads: usize,
+    key_length: usize,
+    value_length: usize,
+}
+
+impl Shape {
+    fn of(config: &Config, kv_type: KvType) -> Shape {
+        let a = &config.attention;
+        Shape {
+            kv_type,
+            n_layers: config.n_layers as usize,
+            n_kv_heads: a.n_kv_heads as usize,
+            key_length: a.key_length as usize,
+            value_length: a.value_length as usize,
+        }
+    }
+
+    fn value_bytes(self) -> usize {
+        self.kv_type.block_type().block_bytes()
+    }
+
+    /// A head's keys of a page.
+    fn keys_bytes(self) -> usize {
+        PAGE * self.key_length * self.value_bytes()
+    }
+
+    /// A head's values of a page.
+    fn values_bytes(self) -> usize {
+        PAGE * self.value_length * self.value_bytes()
+    }
+
+    fn layer_bytes(self) -> usize {
+        self.n_kv_heads * (self.keys_bytes() + self.values_bytes())
+    }
+
+    fn page_bytes(self) -> usize {
+        self.n_layers * self.layer_bytes()
+    }
+}
+
+impl KvCache {
+    /// A cache for the model with these numbers that takes at most `ceiling_bytes`, but at least one page. Memory is
+    /// taken as it is needed.
+    pub fn new(config: &Config, kv_type: KvType, ceiling_bytes: u64) -> KvCache {
+        let shape = Shape::of(config, kv_type);
+        let n_pages = ceiling_bytes / shape.page_bytes().max(1) as u64;
+        KvCache {
+            shared: Arc::new(Shared {
+                shape,
+                n_pages: usize::try_from(n_pages).unwrap_or(usize::MAX).max(1),
+                n_used: AtomicUsize::new(0),
+            }),
+        }
+    }
+
+    /// Bytes of the pages that `n_tokens` of one sequence take.
+    pub fn bytes_for(config: &Config, kv_type: KvType, n_tokens: usize) -> u64 {
+        (n_tokens.div_ceil(PAGE) as u64)
+            .saturating_mul(Shape::of(config, kv_type).page_bytes() as u64)
+    }
+
+    /// How the cache stores.
+    pub fn kv_type(&self) -> KvType {
+        self.shared.shape.kv_type
+    }
+
+    /// Pages under the ceiling.
+    pub fn n_pages(&self) -> usize {
+        self.shared.n_pages
+    }
+
+    /// Pages that nobody uses.
+    pub fn n_free(&self) -> usize {
+        let n_used = self.shared.n_used.load(Ordering::Relaxed);
+        self.shared.n_pages.saturating_sub(n_used)
+    }
+
+    /// Bytes of a page.
+    pub fn page_bytes(&self) -> usize {
+        self.shared.shape.page_bytes()
+    }
+
+    /// A sequence without tokens; it holds no page yet.
+    pub fn sequence(&self) -> Sequence {
+        Sequence {
+            cache: self.clone(),
+            pages: Vec::new(),
+            len: 0,
+        }
+    }
+
+    /// Takes `n_needed` pages or none.
+    fn take(&self, n_needed: usize) -> Result<(), OutOfPages> {
+        let n_pages = self.shared.n_pages;
+        let taken =
+            self.shared
+                .n_used
+                .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n_used| {
+                    n_used.checked_add(n_needed).filter(|&n| n <= n_pages)
+                });
+        taken.map(drop).map_err(|n_used| OutOfPages {
+            n_needed,
+            n_free: n_pages.saturating_sub(n_used),
+            n_pages,
+        })
+    }
+
+    /// A page of zeros; it was taken before.
+    fn page(&self) -> Page {
+        Page {
+            // The system gives such memory without touching it.
+            bytes: vec![0; self.shared.shape.page_bytes()],
+            shared: Arc::clone(&self.shared),
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Page {
+    bytes: Vec<u8>,
+    shared: Arc<Shared>,
+}
+
+impl Drop for Page {
+    fn drop(&mut self) {
+        self.shared.n_used.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// The tokens that attention remembers of one text.
+#[derive(Debug)]
+pub struct Sequence {
+    cache: KvCache,
+    /// `len` positions lie in the first pages; there may be reserved ones after them.
+    pages: Vec<Arc<Page>>,
+    len: usize,
+}
+
+impl Sequence {
+    /// Tokens remembered.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether no token is remembered.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Whether the cache was made for a model with these numbers.
+    pub(crate) fn is_of(&self, config: &Config) -> bool {
+        let shape = self.cache.shared.shape;
+        shape == Shape::of(config, shape.kv_type)
+    }
+
+    /// How keys and values are stored.
+    pub(crate) fn block_type(&self) -> BlockType {
+        self.cache.kv_type().block_type()
+    }
+
+    /// Pages held, shared ones included.
+    pub fn n_pages(&self) -> usize {
+        self.pages.len()
+    }
+
+    /// Pages that must be free before `n_tokens` more can be taken in.
+    pub fn n_pages_needed(&self, n_tokens: usize) -> usize {
+        if n_tokens == 0 {
+            return 0;
+        }
+        let n_copies = self.shared_tail(n_tokens).count();
+        n_copies
+            + (self.len + n_tokens)
+                .div_ceil(PAGE)
+                .saturating_sub(self.pages.len())
+    }
+
+    /// A sequence with the same first `len` tokens, which shares the pages.
+    ///
+    /// # Panics
+    /// When there are fewer tokens.
+    pub fn fork(&self, len: usize) -> Sequence {
+        assert!(len <= self.len, "{len} of {} tokens", self.len);
+        Sequence {
+            cache: self.cache.clone(),
+            pages: self.pages[..len.div_ceil(PAGE)].to_vec(),
+            len,
+        }
+    }
+
+    /// Forgets all but the first `len` tokens, and gives back the pages that are not needed then.
+    ///
+    /// # Panics
+    /// When there are fewer tokens.
+    pub fn truncate(&mut self, len: usize) {
+        assert!(len <= self.len, "{len} of {} tokens", self.len);
+        self.len = len;
+        self.pages.truncate(len.div_ceil(PAGE));
+    }
+
+    /// Makes room for `n_tokens` more; they are not remembered before [`Sequence::advance`].
+    ///
+    /// # Errors
+    /// [`OutOfPages`]; the sequence is as it was.
+    pub(crate) fn reserve(&mut self, n_tokens: usize) -> Result<(), OutOfPages> {
+        let n_needed = self.n_pages_needed(n_tokens);
+        if n_needed == 0 {
+            return Ok(());
+        }
+        self.cache.take(n_needed)?;
+        let shared: Vec<usize> = self.shared_tail(n_tokens).collect();
+        for &i in &shared {
+            let mut copy = self.cache.page();
+            copy.bytes.copy_from_slice(&self.pages[i].bytes);
+            self.pages[i] = Arc::new(copy);
+        }
+        for _ in shared.len()..n_needed {
+            self.pages.push(Arc::new(self.cache.page()));
+        }
+        Ok(())
+    }
+
+    /// The reserved tokens are written in all layers.
+    pub(crate) fn advance(&mut self, n_tokens: usize) {
+        self.len += n_tokens;
+        debug_assert!(self.len <= self.pages.len() * PAGE);
+    }
+
+    /// Gives back what was reserved.
+    pub(crate) fn unreserve(&mut self) {
+        self.pages.truncate(self.len.div_ceil(PAGE));
+    }
+
+    /// The pages that `n_tokens` more are written to and that others have too.
+    fn shared_tail(&self, n_tokens: usize) -> impl Iterator<Item = usize> {
+        let end = (self.len + n_tokens).div_ceil(PAGE).min(self.pages.len());
+        (self.len / PAGE..end).filter(|&i| Arc::strong_count(&self.pages[i]) > 1)
+    }
+
+    /// The keys of a head in page `page` of a layer, `(n_positions, key_length)`.
+    pub(crate) fn keys(
+        &self,
+        layer: usize,
+        page: usize,
+        head: usize,
+        n_positions: usize,
+    ) -> Matrix<'_> {
+        let shape = self.cache.shared.shape;
+        let start = layer * shape.layer_bytes() + head * shape.keys_bytes();
+        self.matrix(page, start, n_positions, shape.key_length)
+    }
+
+    /// The values of a head at some positions of page `page` of a layer, `(positions, value_length)`.
+    pub(crate) fn values(
+        &self,
+        layer: usize,
+        page: usize,
+        head: usize,
+        positions: Range<usize>,
+    ) -> Matrix<'_> {
+        let shape = self.cache.shared.shape;
+        let start = layer * shape.layer_bytes()
+            + shape.n_kv_heads * shape.keys_bytes()
+            + head * shape.values_bytes()
+            + positions.start * shape.value_length * shape.value_bytes();
+        self.matrix(page, start, positions.len(), shape.value_length)
+    }
+
+    fn matrix(&self, page: usize, start: usize, n_rows: usize, n_cols: usize) -> Matrix<'_> {
+        let shape = self.cache.shared.shape;
+        Matrix {
+            block_type: shape.kv_type.block_type(),
+            n_rows,
+            n_cols,
+            bytes: &self.pages[page].bytes[start..][..n_rows * n_cols * shape.value_bytes()],
+        }
+    }
+
+    /// Where `n_tokens` more, which were reserved, are written in a layer: a window for each page that they touch.
+    pub(crate) fn windows(
+        &mut self,
+        layer: usize,
+        n_tokens: usize,
+    ) -> impl Iterator<Item = Window<'_>> {
+        let shape = self.cache.shared.shape;
+        let (begin, end) = (self.len, self.len + n_tokens);
+        let first_page = begin / PAGE;
+        let pages = self.pages[first_page..end.div_ceil(PAGE)].iter_mut();
+        pages.enumerate().map(move |(i, page)| {
+            let page_start = (first_page + i) * PAGE;
+            let page = Arc::get_mut(page).expect("reserved pages are not shared");
+            let bytes = &mut page.bytes[layer * shape.layer_bytes()..][..shape.layer_bytes()];
+            let (keys, values) = bytes.split_at_mut(shape.n_kv_heads * shape.keys_bytes());
+            Window {
+                keys,
+                values,
+                shape,
+                positions: begin.max(page_start) - page_start
+                    ..end.min(page_start + PAGE) - page_start,
+            }
+        })
+    }
+}
+
+/// The part of a page that a step writes in a layer.
+pub(crate) struct Window<'a> {
+    keys: &'a mut [u8],
+    values: &'a mut [u8],
+    shape: Shape,
+    /// Within the page.
+    pub(crate) positions: Range<usize>,
+}
+
+impl Window<'_> {
+    /// Writes a position of the page: `keys` are (n_kv_heads, key_length), `values` (n_kv_heads, value_length).
+    pub(crate) fn write(&mut self, position: usize, keys: &[f32], values: &[f32]) {
+        let Shape {
+            kv_type,
+            key_length,
+            value_length,
+            ..
+        } = self.shape;
+        let store = |page: &mut [u8], rows: &[f32], length: usize, head_bytes: usize| {
+            let row_bytes = head_bytes / PAGE;
+            for (head, row) in rows.chunks_exact(length).enumerate() {
+                let target = &mut page[head * head_bytes + position * row_bytes..][..row_bytes];
+                quant::encode(kv_type.block_type(), row, target);
+            }
+        };
+        store(self.keys, keys, key_length, self.shape.keys_bytes());
+        store(self.values, values, value_length, self.shape.values_bytes());
+    }
+}

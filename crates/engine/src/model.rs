@@ -1,0 +1,237 @@
+//! A model's attention half: embeddings, norms, attention, routers and output head, found in a vindex.
+//!
+//! Invariant: a [`Model`] that was opened has every tensor that its configuration asks for, in the right shape. Names
+//! are GGUF's; what differs between families is a number of the configuration. The feed-forward weights are not looked
+//! at, so that the attention slice of a vindex opens too.
+
+use std::sync::Arc;
+
+use vindex::{Config, RopeScaling, Vindex};
+
+use crate::rope::Rope;
+use crate::weights::{ModelError, Weight, vector};
+
+/// Widest head that is computed: the pass keeps some heads on the stack.
+pub(crate) const HEAD_MAX: usize = 1024;
+
+/// A model that can be computed with.
+#[derive(Debug)]
+pub struct Model {
+    vindex: Arc<Vindex>,
+    /// `(vocab, hidden)`.
+    pub(crate) embeddings: Weight,
+    /// `(vocab, hidden)`; the embeddings where they are tied.
+    pub(crate) head: Weight,
+    /// `(hidden)`.
+    pub(crate) output_norm: Vec<f32>,
+    pub(crate) rope: Rope,
+    pub(crate) layers: Vec<Layer>,
+}
+
+/// The attention half of a layer.
+#[derive(Debug)]
+pub(crate) struct Layer {
+    /// `(hidden)`.
+    pub(crate) attn_norm: Vec<f32>,
+    /// `(n_heads * key_length, hidden)`.
+    pub(crate) q: Weight,
+    /// `(n_kv_heads * key_length, hidden)`.
+    pub(crate) k: Weight,
+    /// `(n_kv_heads * value_length, hidden)`.
+    pub(crate) v: Weight,
+    /// Of q, k and v.
+    pub(crate) qkv_bias: Option<[Vec<f32>; 3]>,
+    /// Of q and k, `(key_length)` each.
+    pub(crate) qk_norm: Option<[Vec<f32>; 2]>,
+    /// `(hidden, n_heads * value_length)`.
+    pub(crate) output: Weight,
+    /// `(hidden)`.
+    pub(crate) output_bias: Option<Vec<f32>>,
+    /// `(hidden)` each: after attention and after feed-forward.
+    pub(crate) post_norms: Option<[Vec<f32>; 2]>,
+    /// `(hidden)`.
+    pub(crate) ffn_norm: Vec<f32>,
+    /// `(n_experts, hidden)`.
+    pub(crate) router: Option<Weight>,
+    /// Tokens that a token sees, itself included; `usize::MAX` without a window.
+    pub(crate) window: usize,
+}
+
+impl Model {
+    /// Finds the tensors of the attention half.
+    ///
+    /// # Errors
+    /// [`ModelError`] when a tensor is missing or has another shape, or a number makes no sense.
+    pub fn open(vindex: Arc<Vindex>) -> Result<Model, ModelError> {
+        let config = &vindex.index().config;
+        check(config)?;
+        let v = &*vindex;
+        let (hidden, vocab) = (config.hidden, config.vocab);
+        let embeddings = Weight::find(v, "token_embd.weight".to_owned(), vocab, hidden)?;
+        let head = if config.tied_embeddings {
+            embeddings.clone()
+        } else {
+            Weight::find(v, "output.weight".to_owned(), vocab, hidden)?
+        };
+        let factors = match config.rope.scaling {
+            Some(RopeScaling::FrequencyFactors) => {
+                Some(vector(v, "rope_freqs.weight", config.rope.n_dims / 2)?)
+            }
+            _ => None,
+        };
+        let layers = (0..config.n_layers).map(|l| Layer::open(v, config, l));
+        Ok(Model {
+            embeddings,
+            head,
+            output_norm: vector(v, "output_norm.weight", hidden)?,
+            rope: Rope::new(&config.rope, factors.as_deref()),
+            layers: layers.collect::<Result<_, _>>()?,
+            vindex,
+        })
+    }
+
+    /// The model's numbers.
+    pub fn config(&self) -> &Config {
+        &self.vindex.index().config
+    }
+
+    /// Where the weights are.
+    pub fn vindex(&self) -> &Arc<Vindex> {
+        &self.vindex
+    }
+
+    /// Bytes of weights that the attention half of a step reads once: all layers and the output head.
+    pub fn attention_bytes(&self) -> u64 {
+        let layers = self.layers.iter().map(|layer| {
+            let matrices = [&layer.q, &layer.k, &layer.v, &layer.output];
+            let router = layer.router.as_ref().map_or(0, Weight::bytes);
+            matrices.map(Weight::bytes).iter().sum::<usize>() + router
+        });
+        (layers.sum::<usize>() + self.head.bytes()) as u64
+    }
+
+    /// Bytes of feed-forward weights that one token reads: those of all layers and of the experts that it visits.
+    pub fn feed_forward_bytes(&self) -> u64 {
+        let tensors = self.vindex.index().tensors.iter();
+        let experts = self.config().experts;
+        tensors
+            .filter(|t| t.name.starts_with("blk.") && t.name.ends_with(".weight"))
+            .map(|t| {
+                let kind = t.name.split('.').nth(2).unwrap_or_default();
+                match (kind, experts) {
+                    ("ffn_gate" | "ffn_up" | "ffn_down", _) => t.size_bytes,
+                    ("ffn_gate_exps" | "ffn_up_exps" | "ffn_down_exps", Some(e)) => {
+                        t.size_bytes / u64::from(e.n.max(1)) * u64::from(e.n_used)
+                    }
+                    _ => 0,
+                }
+            })
+            .sum()
+    }
+}
+
+impl Layer {
+    fn open(v: &Vindex, config: &Config, l: u32) -> Result<Layer, ModelError> {
+        let a = &config.attention;
+        let hidden = config.hidden;
+        let (queries, keys) = (a.n_heads * a.key_length, a.n_kv_heads * a.key_length);
+        let (values, mixed) = (a.n_kv_heads * a.value_length, a.n_heads * a.value_length);
+        let name = |part: &str| format!("blk.{l}.{part}");
+        let vector = |part: &str, n| vector(v, &name(part), n);
+        let weight = |part: &str, n_rows, n_cols| Weight::find(v, name(part), n_rows, n_cols);
+        let slides = |w: &vindex::SlidingWindow| w.layers.get(l as usize) == Some(&true);
+        Ok(Layer {
+            attn_norm: vector("attn_norm.weight", hidden)?,
+            q: weight("attn_q.weight", queries, hidden)?,
+            k: weight("attn_k.weight", keys, hidden)?,
+            v: weight("attn_v.weight", values, hidden)?,
+            qkv_bias: match a.qkv_bias {
+                true => Some([
+                    vector("attn_q.bias", queries)?,
+                    vector("attn_k.bias", keys)?,
+                    vector("attn_v.bias", values)?,
+                ]),
+                false => None,
+            },
+            qk_norm: match a.qk_norm {
+                true => Some([
+                    vector("attn_q_norm.weight", a.key_length)?,
+                    vector("attn_k_norm.weight", a.key_length)?,
+                ]),
+                false => None,
+            },
+            output: weight("attn_output.weight", hidden, mixed)?,
+            output_bias: match a.output_bias {
+                true => Some(vector("attn_output.bias", hidden)?),
+                false => None,
+            },
+            post_norms: match config.post_norms {
+                true => Some([
+                    vector("post_attention_norm.weight", hidden)?,
+                    vector("post_ffw_norm.weight", hidden)?,
+                ]),
+                false => None,
+            },
+            ffn_norm: vector("ffn_norm.weight", hidden)?,
+            router: match config.experts {
+                Some(experts) => Some(weight("ffn_gate_inp.weight", experts.n, hidden)?),
+                None => None,
+            },
+            window: match &a.sliding_window {
+                Some(window) if slides(window) => window.n_tokens as usize,
+                _ => usize::MAX,
+            },
+        })
+    }
+
+    /// Whether a token sees only the last ones.
+    pub(crate) fn slides(&self) -> bool {
+        self.window != usize::MAX
+    }
+}
+
+/// What the pass divides by, indexes with or keeps on the stack. An index may come from anywhere.
+fn check(config: &Config) -> Result<(), ModelError> {
+    let a = &config.attention;
+    let wrong = |what: String| Err(ModelError::Config { what });
+    let counts = [
+        config.hidden,
+        config.vocab,
+        a.n_heads,
+        a.n_kv_heads,
+        a.key_length,
+        a.value_length,
+    ];
+    if counts.contains(&0) || config.n_layers == 0 {
+        return wrong("sizes are not all above 0".to_owned());
+    }
+    if !a.n_heads.is_multiple_of(a.n_kv_heads) {
+        return wrong(format!(
+            "{} heads are no multiple of {} key heads",
+            a.n_heads, a.n_kv_heads
+        ));
+    }
+    if a.key_length.max(a.value_length) as usize > HEAD_MAX {
+        return wrong(format!("heads are wider than {HEAD_MAX}"));
+    }
+    let longest = u64::from(a.n_heads) * u64::from(a.key_length.max(a.value_length));
+    if longest > u64::from(u32::MAX) {
+        return wrong(format!(
+            "{} heads of {} are too many",
+            a.n_heads, a.key_length
+        ));
+    }
+    let n_dims = config.rope.n_dims;
+    if n_dims > a.key_length || !n_dims.is_multiple_of(2) {
+        return wrong(format!("rope turns {n_dims} of {} elements", a.key_length));
+    }
+    if a.sliding_window.as_ref().is_some_and(|w| w.n_tokens == 0) {
+        return wrong("sliding window is empty".to_owned());
+    }
+    if let Some(e) = config.experts
+        && (e.n_used == 0 || e.n_used > e.n)
+    {
+        return wrong(format!("tokens visit {} of {} experts", e.n_used, e.n));
+    }
+    Ok(())
+}

@@ -1,0 +1,104 @@
+//! Rows of f32 on their way through a layer: norms, sums, and products split over the pool.
+//!
+//! Invariant: a row's result depends on that row and the weights alone, however rows and columns are divided. Leaves out
+//! which products a layer has.
+
+use std::ops::Range;
+
+use quant::{Columns, Matrix};
+
+/// Tasks for each thread: enough that one which began late does not keep the others waiting for long.
+const TASKS_PER_THREAD: usize = 4;
+
+/// Rows of weights that the kernels take at once; a task has whole tiles.
+const TILE: usize = 16;
+
+/// Rows of activations in a task at least; fewer are not worth the way to another thread.
+const ROWS_MIN: usize = 4;
+
+/// Some rows of a matrix, and where their products go.
+pub(crate) struct Part<'a> {
+    pub(crate) w: Matrix<'a>,
+    pub(crate) rows: Range<usize>,
+    /// `(rows of activations, rows)`.
+    pub(crate) out: Columns<'a>,
+}
+
+/// Cuts the product of `w` into tasks; `n_products` such products are computed together. `out` is `(rows of
+/// activations, w.n_rows)`.
+pub(crate) fn parts<'a>(
+    w: Matrix<'a>,
+    out: &'a mut [f32],
+    n_products: usize,
+    n_threads: usize,
+) -> impl Iterator<Item = Part<'a>> {
+    let n_tasks = (TASKS_PER_THREAD * n_threads).div_ceil(n_products.max(1));
+    let step = match n_threads {
+        1 => w.n_rows,
+        _ => w.n_rows.div_ceil(n_tasks).next_multiple_of(TILE),
+    };
+    let mut rest = Some(Columns::new(out, w.n_rows));
+    (0..w.n_rows).step_by(step).map(move |start| {
+        let rows = start..w.n_rows.min(start + step);
+        let columns = rest.take().expect("it is put back below");
+        let (out, right) = columns.split_at(rows.len());
+        rest = Some(right);
+        Part { w, rows, out }
+    })
+}
+
+/// How many of `n_rows` rows make a task.
+pub(crate) fn rows_per_task(n_rows: usize, n_threads: usize) -> usize {
+    n_rows.div_ceil(TASKS_PER_THREAD * n_threads).max(ROWS_MIN)
+}
+
+/// `out = x / rms(x) * weight`, with `eps` added to the mean square (Zhang and Sennrich 2019). All are one row.
+pub(crate) fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    let scale = rms_scale(x, eps);
+    for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
+        *out = x * scale * weight;
+    }
+}
+
+/// [`rms_norm`] of a row in its place.
+pub(crate) fn rms_norm_in_place(x: &mut [f32], weight: &[f32], eps: f32) {
+    let scale = rms_scale(x, eps);
+    for (x, weight) in x.iter_mut().zip(weight) {
+        *x = *x * scale * weight;
+    }
+}
+
+fn rms_scale(x: &[f32], eps: f32) -> f32 {
+    1.0 / (quant::sum_of_squares(x) / x.len() as f32 + eps).sqrt()
+}
+
+/// Adds `term` to `sum`, element by element.
+pub(crate) fn add(sum: &mut [f32], term: &[f32]) {
+    for (sum, term) in sum.iter_mut().zip(term) {
+        *sum += term;
+    }
+}
+
+/// Adds `weight * term` to `sum`, element by element, in two roundings.
+pub(crate) fn add_weighted(sum: &mut [f32], weight: f32, term: &[f32]) {
+    for (sum, term) in sum.iter_mut().zip(term) {
+        *sum += weight * term;
+    }
+}
+
+/// `values` become `cap * tanh(values / cap)`; tanh x is computed as `1 - 2 / (e^2x + 1)`.
+pub(crate) fn softcap(values: &mut [f32], cap: f32) {
+    values.iter_mut().for_each(|x| *x *= 2.0 / cap);
+    quant::exp_in_place(values);
+    values
+        .iter_mut()
+        .for_each(|x| *x = cap * (1.0 - 2.0 / (*x + 1.0)));
+}
+
+/// A buffer of `len` values, whatever was in it. It allocates only to hold more than ever before.
+pub(crate) fn sized<T: Clone + Default>(buffer: &mut Vec<T>, len: usize) -> &mut [T] {
+    if buffer.len() < len {
+        buffer.resize(len, T::default());
+    }
+    &mut buffer[..len]
+}

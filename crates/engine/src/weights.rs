@@ -1,0 +1,158 @@
+//! A tensor of a vindex as a forward pass takes it: a matrix in mapped memory, or a few numbers.
+//!
+//! Invariant: a [`Weight`] that was found has the shape that the model's numbers say, so that later uses cannot fail.
+
+use quant::{BlockType, Matrix};
+use vindex::Vindex;
+
+/// Why a vindex cannot be computed with.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ModelError {
+    /// The index has no such tensor, or this slice has not its part.
+    #[error(
+        "tensor {tensor} is not here ({dir} holds the slice {slice}); pull the slice that this role needs"
+    )]
+    Missing {
+        /// GGUF name.
+        tensor: String,
+        /// The directory.
+        dir: String,
+        /// What the directory holds.
+        slice: &'static str,
+    },
+    /// The tensor has another shape than the model's numbers say.
+    #[error(
+        "tensor {tensor} has the shape {got:?}, expected {expected:?} (row length first); extract again"
+    )]
+    Shape {
+        /// GGUF name.
+        tensor: String,
+        /// What the configuration says.
+        expected: Vec<u64>,
+        /// What the index says.
+        got: Vec<u64>,
+    },
+    /// A number of the configuration with which nothing can be computed.
+    #[error("the model's {what}; extract again")]
+    Config {
+        /// Which, and what is wrong.
+        what: String,
+    },
+    /// A layer or an expert that the model does not have.
+    #[error("{what} {got_start}..{got_end} are not among the model's {n}")]
+    Range {
+        /// Layers or experts.
+        what: &'static str,
+        /// First asked for.
+        got_start: u32,
+        /// One after the last asked for.
+        got_end: u32,
+        /// How many there are.
+        n: u32,
+    },
+}
+
+/// A matrix, or one matrix an expert, stacked.
+#[derive(Clone, Debug)]
+pub(crate) struct Weight {
+    name: String,
+    /// How rows are stored.
+    pub(crate) block_type: BlockType,
+    /// Rows of one matrix.
+    pub(crate) n_rows: usize,
+    /// Values in a row.
+    pub(crate) n_cols: usize,
+}
+
+impl Weight {
+    /// Finds the matrix `(n_rows, n_cols)` called `name`.
+    pub(crate) fn find(
+        vindex: &Vindex,
+        name: String,
+        n_rows: u32,
+        n_cols: u32,
+    ) -> Result<Weight, ModelError> {
+        Weight::with_shape(vindex, name, &[n_cols.into(), n_rows.into()])
+    }
+
+    /// Finds the matrices `(n_experts, n_rows, n_cols)` called `name`.
+    pub(crate) fn find_stacked(
+        vindex: &Vindex,
+        name: String,
+        n_experts: u32,
+        n_rows: u32,
+        n_cols: u32,
+    ) -> Result<Weight, ModelError> {
+        Weight::with_shape(
+            vindex,
+            name,
+            &[n_cols.into(), n_rows.into(), n_experts.into()],
+        )
+    }
+
+    fn with_shape(vindex: &Vindex, name: String, ne: &[u64]) -> Result<Weight, ModelError> {
+        let view = vindex.tensor(&name).ok_or_else(|| missing(vindex, &name))?;
+        if view.ne != ne {
+            return Err(ModelError::Shape {
+                tensor: name,
+                expected: ne.to_vec(),
+                got: view.ne.to_vec(),
+            });
+        }
+        Ok(Weight {
+            name,
+            block_type: view.block_type,
+            // They fit: the tensor is in memory.
+            n_rows: ne[1] as usize,
+            n_cols: ne[0] as usize,
+        })
+    }
+
+    /// The matrix, as it lies in the file.
+    pub(crate) fn matrix<'a>(&self, vindex: &'a Vindex) -> Matrix<'a> {
+        self.expert(vindex, 0)
+    }
+
+    /// The matrix of one expert.
+    pub(crate) fn expert<'a>(&self, vindex: &'a Vindex, expert: usize) -> Matrix<'a> {
+        let view = vindex
+            .tensor(&self.name)
+            .expect("it was found when the model was opened");
+        let n_bytes = self.bytes();
+        Matrix {
+            block_type: self.block_type,
+            n_rows: self.n_rows,
+            n_cols: self.n_cols,
+            bytes: &view.bytes[expert * n_bytes..][..n_bytes],
+        }
+    }
+
+    /// Bytes of one matrix.
+    pub(crate) fn bytes(&self) -> usize {
+        let row_bytes = self.block_type.row_bytes(self.n_cols);
+        self.n_rows * row_bytes.expect("a stored row is whole blocks")
+    }
+}
+
+/// The numbers of the vector called `name`.
+pub(crate) fn vector(vindex: &Vindex, name: &str, n: u32) -> Result<Vec<f32>, ModelError> {
+    let view = vindex.tensor(name).ok_or_else(|| missing(vindex, name))?;
+    if view.ne != [u64::from(n)] {
+        return Err(ModelError::Shape {
+            tensor: name.to_owned(),
+            expected: vec![n.into()],
+            got: view.ne.to_vec(),
+        });
+    }
+    let mut values = vec![0.0; n as usize];
+    quant::decode(view.block_type, view.bytes, &mut values);
+    Ok(values)
+}
+
+fn missing(vindex: &Vindex, name: &str) -> ModelError {
+    ModelError::Missing {
+        tensor: name.to_owned(),
+        dir: vindex.dir().display().to_string(),
+        slice: vindex.slice().name(),
+    }
+}
