@@ -1,0 +1,117 @@
+//! What must not change a bit of the logits: how a prompt is cut, what else is in the batch, how many threads there are.
+
+use engine::{KvType, Sequence, Wanted, Work};
+use vindex::Recipe;
+
+use crate::support::{Engine, bits, extracted};
+
+/// Longer than a page, so that chunks end within pages and pages within chunks; repeats nothing soon.
+fn prompt(n: u32, seed: u32) -> Vec<u32> {
+    (0..n)
+        .map(|i| (i * 37 + i * i * seed + 11 * seed) % 500)
+        .collect()
+}
+
+/// One of each kind: plain, window and soft caps and four norms, routed.
+const FAMILIES: [&str; 4] = ["llama3", "gemma2", "gemma3", "qwen3_moe"];
+
+#[test]
+fn chunks_of_a_prompt() {
+    for (family, kv_type) in FAMILIES
+        .into_iter()
+        .zip([KvType::F16, KvType::F32].into_iter().cycle())
+    {
+        let model = extracted(family, Recipe::Q4k);
+        let mut engine = Engine::new(&model.vindex, kv_type, 2);
+        let tokens = prompt(150, 3);
+        let expected = engine.logits(&tokens);
+        for chunk in [1, 3, 64, 149] {
+            let mut sequence = engine.cache.sequence();
+            let got = engine.append(&mut sequence, &tokens, chunk);
+            assert_eq!(sequence.len(), tokens.len());
+            assert!(
+                bits(&got) == bits(&expected),
+                "{family} in chunks of {chunk}"
+            );
+        }
+    }
+}
+
+#[test]
+fn sequences_in_one_batch() {
+    for family in FAMILIES {
+        let model = extracted(family, Recipe::Q4k);
+        let mut engine = Engine::new(&model.vindex, KvType::F16, 2);
+        let prompts = [
+            prompt(5, 1),
+            prompt(80, 2),
+            prompt(1, 3),
+            prompt(17, 5),
+            prompt(66, 7),
+        ];
+        let alone: Vec<Vec<f32>> = prompts.iter().map(|tokens| engine.logits(tokens)).collect();
+        let vocab = alone[2].len();
+        let mut sequences: Vec<Sequence> =
+            prompts.iter().map(|_| engine.cache.sequence()).collect();
+        // All but the last token of each that has several, then the last ones: prompts of several lengths, then a
+        // decoding step.
+        let wanted = [
+            Wanted::Nothing,
+            Wanted::All,
+            Wanted::Nothing,
+            Wanted::Last,
+            Wanted::All,
+        ];
+        let mut works = Vec::new();
+        let mut expected = Vec::new();
+        for (i, sequence) in sequences.iter_mut().enumerate() {
+            let n = prompts[i].len() - 1;
+            if n > 0 {
+                expected.extend_from_slice(&alone[i][(n - wanted[i].n_rows(n)) * vocab..n * vocab]);
+                works.push(Work {
+                    sequence,
+                    tokens: &prompts[i][..n],
+                    logits: wanted[i],
+                });
+            }
+        }
+        let got = engine.forward.step(&mut works).unwrap();
+        assert_eq!(got.len(), (79 + 1 + 65) * vocab, "{family}");
+        assert!(bits(got) == bits(&expected), "{family}");
+        let mut works: Vec<Work<'_>> = sequences
+            .iter_mut()
+            .zip(&prompts)
+            .map(|(sequence, tokens)| Work {
+                sequence,
+                tokens: &tokens[tokens.len() - 1..],
+                logits: Wanted::Last,
+            })
+            .collect();
+        let got = engine.forward.step(&mut works).unwrap();
+        let expected: Vec<f32> = alone
+            .iter()
+            .flat_map(|l| l[l.len() - vocab..].to_vec())
+            .collect();
+        assert!(bits(got) == bits(&expected), "{family}");
+    }
+}
+
+#[test]
+fn threads() {
+    for (family, recipe) in
+        FAMILIES
+            .into_iter()
+            .zip([Recipe::Q4k, Recipe::F32, Recipe::Bf16, Recipe::Q8_0])
+    {
+        let model = extracted(family, recipe);
+        let tokens = prompt(70, 4);
+        let expected = Engine::new(&model.vindex, KvType::F16, 1).logits(&tokens);
+        for n_threads in [2, 3] {
+            let got = Engine::new(&model.vindex, KvType::F16, n_threads).logits(&tokens);
+            assert!(
+                bits(&got) == bits(&expected),
+                "{family} on {n_threads} threads"
+            );
+        }
+    }
+}

@@ -1,0 +1,7 @@
+//! The forward pass against recorded logits of `transformers`, and what must not change a bit of it.
+
+mod bits;
+mod cache;
+mod goldens;
+mod npz;
+mod support;
