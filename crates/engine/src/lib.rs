@@ -20,6 +20,7 @@ mod rows;
 mod threads;
 mod tokenizer;
 mod weights;
+pub mod wire;
 
 pub use ffn::{Batch, FeedForward, FfnError, Visit};
 pub use forward::{Forward, StepError, Wanted, Work};

@@ -1,0 +1,4 @@
+//! The seam over sockets: the conformance suite of `FeedForward`, what servers that fail do to a call, and hostile peers.
+
+mod conformance;
+mod oracle;
