@@ -2,14 +2,17 @@
 //!
 //! Read in this order: [`Forward`] (the pass, on one page), `attention.rs` and [`KvCache`] (what a row sees of the rows
 //! before it), [`FeedForward`] (the seam: one method over a batch of rows) and [`Local`] (the weights of this process),
-//! [`Request`] and [`Event`] (what goes in and comes out), [`Tokenizer`] (texts to tokens and back).
+//! [`Request`] and [`Event`] (what goes in and comes out), [`Tokenizer`] and [`ChatTemplate`] (texts to tokens and back),
+//! [`Sampler`] and [`Grammar`] (logits to a token).
 //!
 //! Invariant: a row's result depends on that row alone, not on the rows computed beside it, on threads, or on who
 //! computed it; so a split run gives bit for bit the logits of an unsplit one. No async and no HTTP here.
 
 mod attention;
+mod chat;
 mod ffn;
 mod forward;
+mod grammar;
 mod kv;
 mod local;
 mod model;
@@ -17,19 +20,25 @@ mod request;
 mod rope;
 mod router;
 mod rows;
+mod sampler;
+mod stop;
 mod threads;
 mod tokenizer;
 mod weights;
 pub mod wire;
 
+pub use chat::{ChatError, ChatTemplate, Conversation};
 pub use ffn::{Batch, FeedForward, FfnError, Visit};
 pub use forward::{Forward, StepError, Wanted, Work};
+pub use grammar::{Grammar, GrammarError, GrammarFactory};
 pub use kv::{KvCache, KvType, OutOfPages, PAGE, Sequence, UnknownKvType};
 pub use local::Local;
 pub use model::Model;
 pub use request::{
     EngineError, Event, FinishReason, Request, Sampling, Sink, Token, TokenLogprob, Usage,
 };
+pub use sampler::{Sampler, logprobs, most_likely};
+pub use stop::{Passed, Stops};
 pub use threads::Pool;
 pub use tokenizer::{Decoder, Tokenizer, TokenizerError};
 pub use weights::ModelError;

@@ -3,10 +3,12 @@
 //! Invariant: every request ends with exactly one [`Event::Finished`] or [`Event::Failed`], and nothing comes after it.
 
 use std::ops::ControlFlow;
+use std::time::Instant;
 
 use crate::ffn::FfnError;
+use crate::grammar::Grammar;
 
-/// A generation.
+/// A generation. [`Request::new`] is greedy and without conditions; the fields say the rest.
 #[derive(Debug)]
 pub struct Request {
     /// Tokens, with the ones that begin a text where the model wants them. Not empty.
@@ -21,6 +23,29 @@ pub struct Request {
     pub ignore_eos: bool,
     /// How many alternatives are told for each token; `Some(0)` tells the chosen token's logprob only.
     pub top_logprobs: Option<usize>,
+    /// What the answer has to be a text of. It ends the generation when nothing may follow.
+    pub grammar: Option<Grammar>,
+    /// Special tokens have their names in the text, for whoever looks for them there.
+    pub show_special: bool,
+    /// When it fails if it has not ended.
+    pub deadline: Option<Instant>,
+}
+
+impl Request {
+    /// A greedy generation of at most `max_tokens` after `prompt`.
+    pub fn new(prompt: Vec<u32>, max_tokens: usize) -> Request {
+        Request {
+            prompt,
+            max_tokens,
+            sampling: Sampling::default(),
+            stop: Vec::new(),
+            ignore_eos: false,
+            top_logprobs: None,
+            grammar: None,
+            show_special: false,
+            deadline: None,
+        }
+    }
 }
 
 /// How the next token is chosen. The default is greedy.
@@ -150,6 +175,18 @@ pub enum EngineError {
     /// The feed-forward weights could not be reached.
     #[error("feed-forward failed: {0}")]
     Ffn(#[from] FfnError),
+    /// The request was not done when its deadline came.
+    #[error("the request did not end before its deadline; {n_generated} tokens were generated")]
+    Deadline {
+        /// Tokens until then.
+        n_generated: usize,
+    },
+    /// Whoever asked wants it no more.
+    #[error("the request was cancelled")]
+    Cancelled,
+    /// The engine failed in a way that is a mistake of its own.
+    #[error("the engine failed: {0}")]
+    Internal(String),
     /// The engine is shutting down.
     #[error("the engine is stopping")]
     Stopping,

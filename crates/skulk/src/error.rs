@@ -207,6 +207,17 @@ impl From<EngineError> for ApiError {
                 error.code = Some("weights_unreachable");
                 error
             }
+            EngineError::Deadline { .. } => {
+                let mut error = ApiError::new(504, "server_error", format!("{error}."));
+                error.code = Some("deadline_exceeded");
+                error
+            }
+            EngineError::Cancelled => {
+                let mut error = ApiError::new(499, "server_error", format!("{error}."));
+                error.code = Some("cancelled");
+                error
+            }
+            EngineError::Internal(what) => ApiError::internal(what),
             EngineError::Stopping => ApiError::stopping(),
         }
     }

@@ -1,5 +1,6 @@
 //! From text to tokens and back over extracted vindexes.
 
+mod grammar;
 mod tokenizer;
 
 use std::path::{Path, PathBuf};
