@@ -22,6 +22,17 @@ use crate::tokenizer::Tokenizer;
 /// Longest text of a grammar, in bytes.
 const MAX_SOURCE_BYTES: usize = 1 << 20;
 
+/// Key of a schema under which the library is told how to read it.
+const OPTIONS: &str = "x-guidance";
+
+/// A line break and an indentation, or a few spaces: what a model may write between two signs of JSON. Some models
+/// would write spaces to the end of their context where they may.
+const WHITESPACE: &str = r"(\n[ \t]{0,40}|[ \t]{1,2})";
+
+fn options() -> Value {
+    serde_json::json!({"whitespace_pattern": WHITESPACE})
+}
+
 /// Why there is no grammar.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum GrammarError {
@@ -75,13 +86,29 @@ impl GrammarFactory {
         Ok(GrammarFactory { parsers })
     }
 
-    /// A JSON value that `schema` describes.
+    /// A JSON value that `schema` describes, with a line break and indentation or two spaces at most between its signs.
     ///
     /// # Errors
     /// [`GrammarError::Invalid`].
     pub fn json_schema(&self, schema: &Value) -> Result<Grammar, GrammarError> {
         within(schema.to_string().len())?;
-        self.compile(TopLevelGrammar::from_json_schema(schema.clone()))
+        let mut schema = schema.clone();
+        match &mut schema {
+            // `true` is JSON Schema's way to say anything.
+            Value::Bool(true) => schema = serde_json::json!({ OPTIONS: options() }),
+            Value::Object(keys) if keys.contains_key(OPTIONS) => {
+                let reason = format!("the schema has {OPTIONS}, which is not taken from requests");
+                return Err(GrammarError::Invalid(reason));
+            }
+            Value::Object(keys) => {
+                keys.insert(OPTIONS.to_owned(), options());
+            }
+            _ => {
+                let reason = "the schema is neither an object nor true";
+                return Err(GrammarError::Invalid(reason.to_owned()));
+            }
+        }
+        self.compile(TopLevelGrammar::from_json_schema(schema))
     }
 
     /// Any JSON object.

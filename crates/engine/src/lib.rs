@@ -3,7 +3,7 @@
 //! Read in this order: [`Forward`] (the pass, on one page), `attention.rs` and [`KvCache`] (what a row sees of the rows
 //! before it), [`FeedForward`] (the seam: one method over a batch of rows) and [`Local`] (the weights of this process),
 //! [`Request`] and [`Event`] (what goes in and comes out), [`Tokenizer`] and [`ChatTemplate`] (texts to tokens and back),
-//! [`Sampler`] and [`Grammar`] (logits to a token).
+//! [`Sampler`] and [`Grammar`] (logits to a token), [`Engine`] (many generations at once).
 //!
 //! Invariant: a row's result depends on that row alone, not on the rows computed beside it, on threads, or on who
 //! computed it; so a split run gives bit for bit the logits of an unsplit one. No async and no HTTP here.
@@ -21,6 +21,7 @@ mod rope;
 mod router;
 mod rows;
 mod sampler;
+mod scheduler;
 mod stop;
 mod threads;
 mod tokenizer;
@@ -38,6 +39,7 @@ pub use request::{
     EngineError, Event, FinishReason, Request, Sampling, Sink, Token, TokenLogprob, Usage,
 };
 pub use sampler::{Sampler, logprobs, most_likely};
+pub use scheduler::{Engine, EngineOptions, EngineParts, EngineStats, Ticket};
 pub use stop::{Passed, Stops};
 pub use threads::Pool;
 pub use tokenizer::{Decoder, Tokenizer, TokenizerError};

@@ -147,6 +147,7 @@ fn what_cannot_be_compiled_or_followed_is_an_error() {
     assert!(!refused(json!({"not": {"type": "string"}})).is_empty());
     assert!(!refused(json!({"$ref": "https://elsewhere.example/schema"})).is_empty());
     assert!(!refused(json!("text")).is_empty());
+    assert!(refused(json!({"x-guidance": {"lenient": true}})).contains("x-guidance"));
     assert!(refused(json!({"description": "x".repeat(2 << 20)})).contains("bytes"));
     assert!(factory.regex("(").is_err());
     assert!(factory.lark("start: nothing").is_err());

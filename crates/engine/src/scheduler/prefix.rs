@@ -1,0 +1,87 @@
+//! What the cache still knows of generations that have ended, for requests that begin with the same tokens.
+//!
+//! Invariant: only whole pages are kept, so that who goes on from one never has to copy it. What is forgotten first is
+//! what was not used for longest, from its end on, because beginnings are what requests have in common.
+
+use crate::kv::{PAGE, Sequence};
+
+/// Most texts that are kept; looking for a prefix looks at each of them.
+const MAX_TEXTS: usize = 1024;
+
+/// Texts in the cache that nobody runs, longest unused first.
+#[derive(Default)]
+pub(super) struct Prefixes {
+    texts: Vec<Text>,
+}
+
+struct Text {
+    /// As many as the sequence has; a multiple of [`PAGE`].
+    tokens: Vec<u32>,
+    sequence: Sequence,
+}
+
+/// How many of the first tokens are the same, in whole pages.
+pub(super) fn in_common(a: &[u32], b: &[u32]) -> usize {
+    let n = a.iter().zip(b).take_while(|(a, b)| a == b).count();
+    n / PAGE * PAGE
+}
+
+impl Prefixes {
+    /// The sequence that has most of `tokens`, in whole pages and more than `n_known`.
+    pub(super) fn find(&mut self, tokens: &[u32], n_known: usize) -> Option<Sequence> {
+        let lengths = self
+            .texts
+            .iter()
+            .map(|text| in_common(&text.tokens, tokens));
+        let (i, n) = lengths.enumerate().max_by_key(|&(_, n)| n)?;
+        if n <= n_known {
+            return None;
+        }
+        let text = self.texts.remove(i);
+        let sequence = text.sequence.fork(n);
+        self.texts.push(text);
+        Some(sequence)
+    }
+
+    /// Keeps what `sequence` has of `tokens`.
+    pub(super) fn insert(&mut self, tokens: &[u32], mut sequence: Sequence) {
+        let n = sequence.len() / PAGE * PAGE;
+        let tokens = &tokens[..n];
+        if n == 0
+            || self
+                .texts
+                .iter()
+                .any(|text| text.tokens.starts_with(tokens))
+        {
+            return;
+        }
+        sequence.truncate(n);
+        self.texts.retain(|text| !tokens.starts_with(&text.tokens));
+        if self.texts.len() >= MAX_TEXTS {
+            self.texts.remove(0);
+        }
+        self.texts.push(Text {
+            tokens: tokens.to_vec(),
+            sequence,
+        });
+    }
+
+    /// Forgets a page; false when there is none. The page is free then unless a generation uses it.
+    pub(super) fn forget_page(&mut self) -> bool {
+        let Some(text) = self.texts.first_mut() else {
+            return false;
+        };
+        let n = text.sequence.len() - PAGE;
+        if n == 0 {
+            self.texts.remove(0);
+        } else {
+            text.sequence.truncate(n);
+            text.tokens.truncate(n);
+        }
+        true
+    }
+
+    pub(super) fn clear(&mut self) {
+        self.texts.clear();
+    }
+}
