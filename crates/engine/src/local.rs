@@ -59,14 +59,16 @@ struct Scratch {
 }
 
 impl Local {
-    /// All layers and experts of `vindex`.
+    /// All layers and experts that are open in `vindex`.
     ///
     /// # Errors
     /// As [`Local::with_ranges`].
     pub fn new(vindex: Arc<Vindex>, pool: Arc<Pool>) -> Result<Local, ModelError> {
-        let config = &vindex.index().config;
+        let (config, share) = (&vindex.index().config, vindex.share());
         let (n_layers, n_experts) = (config.n_layers, config.experts.map_or(1, |e| e.n));
-        Local::with_ranges(vindex, pool, 0..n_layers, 0..n_experts)
+        let layers = share.layers.map_or(0..n_layers, Range::from);
+        let experts = share.experts.map_or(0..n_experts, Range::from);
+        Local::with_ranges(vindex, pool, layers, experts)
     }
 
     /// The experts `experts` of the layers `layers`; a dense layer has one expert.
@@ -96,7 +98,7 @@ impl Local {
         }
         let weights = layers
             .clone()
-            .map(|l| Layer::open(&vindex, l))
+            .map(|l| Layer::open(&vindex, l, experts.clone()))
             .collect::<Result<_, _>>()?;
         Ok(Local {
             hidden: config.hidden as usize,
@@ -283,7 +285,8 @@ impl Local {
 }
 
 impl Layer {
-    fn open(vindex: &Vindex, l: u32) -> Result<Layer, ModelError> {
+    /// Layer `l`, with the experts `held`.
+    fn open(vindex: &Vindex, l: u32, held: Range<u32>) -> Result<Layer, ModelError> {
         let config = &vindex.index().config;
         let hidden = config.hidden;
         let name = |part: &str| format!("blk.{l}.{part}");
@@ -310,7 +313,7 @@ impl Layer {
             return Err(ModelError::Config { what });
         }
         let stacked = |part, n_rows, n_cols| {
-            Weight::find_stacked(vindex, name(part), experts.n, n_rows, n_cols)
+            Weight::find_stacked(vindex, name(part), held.clone(), n_rows, n_cols)
         };
         Ok(Layer {
             gate: stacked("ffn_gate_exps.weight", experts.ffn, hidden)?,

@@ -2,23 +2,25 @@
 //!
 //! Invariant: a [`Weight`] that was found has the shape that the model's numbers say, so that later uses cannot fail.
 
+use std::ops::Range;
+
 use quant::{BlockType, Matrix};
-use vindex::Vindex;
+use vindex::{Share, Vindex};
 
 /// Why a vindex cannot be computed with.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ModelError {
     /// The index has no such tensor, or this slice has not its part.
     #[error(
-        "tensor {tensor} is not here ({dir} holds the slice {slice}); pull the slice that this role needs"
+        "tensor {tensor} is not here ({dir} is open for the slice {share}); pull the slice that this role needs"
     )]
     Missing {
         /// GGUF name.
         tensor: String,
         /// The directory.
         dir: String,
-        /// What the directory holds.
-        slice: &'static str,
+        /// What of the directory is open.
+        share: Share,
     },
     /// The tensor has another shape than the model's numbers say.
     #[error(
@@ -72,26 +74,32 @@ impl Weight {
         n_rows: u32,
         n_cols: u32,
     ) -> Result<Weight, ModelError> {
-        Weight::with_shape(vindex, name, &[n_cols.into(), n_rows.into()])
+        Weight::with_shape(vindex, name, 0, &[n_cols.into(), n_rows.into()])
     }
 
-    /// Finds the matrices `(n_experts, n_rows, n_cols)` called `name`.
+    /// Finds the matrices `(n_experts, n_rows, n_cols)` called `name`, of which all in `held` are here.
     pub(crate) fn find_stacked(
         vindex: &Vindex,
         name: String,
-        n_experts: u32,
+        held: Range<u32>,
         n_rows: u32,
         n_cols: u32,
     ) -> Result<Weight, ModelError> {
-        Weight::with_shape(
-            vindex,
-            name,
-            &[n_cols.into(), n_rows.into(), n_experts.into()],
-        )
+        if held.clone().any(|k| vindex.expert(&name, k).is_none()) {
+            return Err(missing(vindex, &name));
+        }
+        Weight::with_shape(vindex, name, held.start, &[n_cols.into(), n_rows.into()])
     }
 
-    fn with_shape(vindex: &Vindex, name: String, ne: &[u64]) -> Result<Weight, ModelError> {
-        let view = vindex.tensor(&name).ok_or_else(|| missing(vindex, &name))?;
+    /// `ne`: of one matrix.
+    fn with_shape(
+        vindex: &Vindex,
+        name: String,
+        expert: u32,
+        ne: &[u64; 2],
+    ) -> Result<Weight, ModelError> {
+        let view = vindex.expert(&name, expert);
+        let view = view.ok_or_else(|| missing(vindex, &name))?;
         if view.ne != ne {
             return Err(ModelError::Shape {
                 tensor: name,
@@ -113,17 +121,16 @@ impl Weight {
         self.expert(vindex, 0)
     }
 
-    /// The matrix of one expert.
+    /// The matrix of one expert, which must be one of those that were found.
     pub(crate) fn expert<'a>(&self, vindex: &'a Vindex, expert: usize) -> Matrix<'a> {
         let view = vindex
-            .tensor(&self.name)
+            .expert(&self.name, expert as u32)
             .expect("it was found when the model was opened");
-        let n_bytes = self.bytes();
         Matrix {
             block_type: self.block_type,
             n_rows: self.n_rows,
             n_cols: self.n_cols,
-            bytes: &view.bytes[expert * n_bytes..][..n_bytes],
+            bytes: view.bytes,
         }
     }
 
@@ -153,6 +160,6 @@ fn missing(vindex: &Vindex, name: &str) -> ModelError {
     ModelError::Missing {
         tensor: name.to_owned(),
         dir: vindex.dir().display().to_string(),
-        slice: vindex.slice().name(),
+        share: vindex.share(),
     }
 }

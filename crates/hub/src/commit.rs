@@ -19,8 +19,8 @@ use sha1::Digest as _;
 use sha2::Sha256;
 
 use crate::content::{git_hasher, git_oid_of, is_sha256, sha256_of};
-use crate::download::blocking;
 use crate::lfs::{self, Object};
+use crate::partial::blocking;
 use crate::retry::Patience;
 use crate::snapshot::is_plain;
 use crate::wire::{About, Again, parse};

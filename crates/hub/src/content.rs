@@ -3,7 +3,8 @@
 //! Invariant: files are hashed as a stream, in constant memory.
 
 use std::fs::File;
-use std::io::{self, Read, Seek};
+use std::io::{self, Read, Seek, SeekFrom};
+use std::ops::Range;
 
 use sha1::Sha1;
 use sha2::{Digest, Sha256};
@@ -26,6 +27,21 @@ pub(crate) fn is_sha256(text: &str) -> bool {
 /// sha256 of a file from its start, hex; blocks.
 pub(crate) fn sha256_of(file: File) -> io::Result<String> {
     hash(file, Sha256::new())
+}
+
+/// sha256 of bytes inside a file, hex; blocks.
+pub(crate) fn sha256_of_range(mut file: &File, range: Range<u64>) -> io::Result<String> {
+    file.seek(SeekFrom::Start(range.start))?;
+    let mut sha256 = Sha256::new();
+    let mut buf = vec![0; READ_BYTES];
+    let mut left = range.end - range.start;
+    while left > 0 {
+        let piece = &mut buf[..left.min(READ_BYTES as u64) as usize];
+        file.read_exact(piece)?;
+        sha256.update(&*piece);
+        left -= piece.len() as u64;
+    }
+    Ok(hex::encode(sha256.finalize()))
 }
 
 /// git blob id of a file, hex; blocks.

@@ -1,4 +1,4 @@
-//! Names on the Hub: a repository and a commit.
+//! Names on the Hub: a repository, a commit, and a repository at a revision.
 //!
 //! Invariant: a value of these types has passed the Hub's own rules, so it can stand in an address.
 
@@ -76,6 +76,43 @@ impl fmt::Display for RepoId {
     }
 }
 
+/// A repository at a revision if one is named: `owner/name[@revision]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Reference {
+    /// The repository.
+    pub repo: RepoId,
+    /// A branch, tag or commit.
+    pub revision: Option<String>,
+}
+
+impl FromStr for Reference {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Reference, Error> {
+        let (repo, revision) = match text.split_once('@') {
+            Some((repo, revision)) => (
+                repo,
+                Some(revision.to_owned()).filter(|revision| !revision.is_empty()),
+            ),
+            None => (text, None),
+        };
+        Ok(Reference {
+            repo: repo.parse()?,
+            revision,
+        })
+    }
+}
+
+impl fmt::Display for Reference {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.repo.fmt(f)?;
+        match &self.revision {
+            Some(revision) => write!(f, "@{revision}"),
+            None => Ok(()),
+        }
+    }
+}
+
 /// A commit of a repository: 40 lower-case hex digits.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Commit(String);
@@ -124,6 +161,19 @@ mod tests {
         ] {
             assert!(bad.parse::<RepoId>().is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn a_reference_may_name_a_revision() {
+        let parse = |text: &str| {
+            text.parse::<Reference>()
+                .map(|r| (r.repo.to_string(), r.revision))
+                .ok()
+        };
+        assert_eq!(parse("a/b"), Some(("a/b".into(), None)));
+        assert_eq!(parse("a/b@v1"), Some(("a/b".into(), Some("v1".into()))));
+        assert_eq!(parse("a/b@"), Some(("a/b".into(), None)));
+        assert_eq!(parse("a@v1"), None);
     }
 
     #[test]

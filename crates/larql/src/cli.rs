@@ -4,8 +4,8 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
-use hub::RepoId;
-use vindex::{Recipe, Slice};
+use hub::{Reference, RepoId};
+use vindex::{Recipe, Slice, Span};
 
 /// Extract, publish, pull and verify vindexes: a model's weights as checked GGUF parts with one index.
 #[derive(Debug, Parser)]
@@ -77,7 +77,7 @@ pub(crate) struct Publish {
     /// The repository that receives exactly this slice; made if absent
     #[arg(long, value_name = "OWNER/NAME")]
     pub(crate) repo: RepoId,
-    /// What to publish: full (or none, for a vindex that is not sliced), or expert-server
+    /// What to publish: full (or none, for a vindex that is not sliced), expert-server or attention
     #[arg(long, value_name = "SLICE", value_parser = published_slice)]
     pub(crate) slices: Slice,
     /// A file that becomes the repository's README.md, in the same commit
@@ -99,37 +99,25 @@ pub(crate) struct Pull {
     /// The directory to fill
     #[arg(short, long, value_name = "DIR")]
     pub(crate) output: PathBuf,
-    /// full or expert-server [default: what the repository holds]
+    /// full, expert-server or attention [default: the most that the repository holds]
     #[arg(long, value_name = "SLICE")]
     pub(crate) slice: Option<Slice>,
+    #[command(flatten)]
+    pub(crate) ranges: Ranges,
     /// Remove another vindex that is in the directory
     #[arg(long)]
     pub(crate) force: bool,
 }
 
-/// A repository of the Hub, at a revision if one is named.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Reference {
-    pub(crate) repo: RepoId,
-    pub(crate) revision: Option<String>,
-}
-
-impl std::str::FromStr for Reference {
-    type Err = hub::Error;
-
-    fn from_str(text: &str) -> Result<Reference, hub::Error> {
-        let (repo, revision) = match text.split_once('@') {
-            Some((repo, revision)) => (
-                repo,
-                Some(revision.to_owned()).filter(|revision| !revision.is_empty()),
-            ),
-            None => (text, None),
-        };
-        Ok(Reference {
-            repo: repo.parse()?,
-            revision,
-        })
-    }
+/// Some layers or experts of an expert server.
+#[derive(Debug, Clone, Copy, Args)]
+pub(crate) struct Ranges {
+    /// Of an expert server, these layers only: 0..4 is 0, 1, 2 and 3
+    #[arg(long, value_name = "A..B")]
+    pub(crate) layers: Option<Span>,
+    /// Of an expert server, these experts of each layer only
+    #[arg(long, value_name = "A..B")]
+    pub(crate) experts: Option<Span>,
 }
 
 /// A vindex that is not sliced is the full one.
@@ -138,9 +126,9 @@ fn published_slice(text: &str) -> Result<Slice, String> {
     slices.dedup();
     match slices.as_slice() {
         ["none"] => Ok(Slice::Full),
-        [one] => one
-            .parse()
-            .map_err(|_| format!("'{one}' is no slice; use none, full or expert-server")),
+        [one] => one.parse().map_err(|_| {
+            format!("'{one}' is no slice; use none, full, expert-server or attention")
+        }),
         _ => Err(
             "a repository holds one slice; publish each into a repository of its own".to_owned(),
         ),
@@ -163,18 +151,5 @@ mod tests {
             published_slice("full,expert-server").is_err_and(|text| text.contains("of its own"))
         );
         assert!(published_slice("experts").is_err_and(|text| text.contains("expert-server")));
-    }
-
-    #[test]
-    fn a_reference_may_name_a_revision() {
-        let parse = |text: &str| {
-            text.parse::<Reference>()
-                .map(|r| (r.repo.to_string(), r.revision))
-                .ok()
-        };
-        assert_eq!(parse("a/b"), Some(("a/b".into(), None)));
-        assert_eq!(parse("a/b@v1"), Some(("a/b".into(), Some("v1".into()))));
-        assert_eq!(parse("a/b@"), Some(("a/b".into(), None)));
-        assert_eq!(parse("a@v1"), None);
     }
 }

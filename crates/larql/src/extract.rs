@@ -13,7 +13,6 @@ use vindex::{Census, ExtractOptions, Plan, Progress, Vindex};
 
 use crate::cli::Extract;
 use crate::context::Context;
-use crate::directory;
 use crate::model::Model;
 
 /// What a plan comes to.
@@ -55,7 +54,10 @@ pub(crate) fn extract(args: &Extract, context: &Context) -> Result<(), Failure> 
         );
     }
     if args.force {
-        directory::clear(&args.output)?;
+        vindex::clear(&args.output).map_err(Failure::of(format!(
+            "cannot clear {}",
+            args.output.display()
+        )))?;
     }
     let started = Instant::now();
     let all = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);

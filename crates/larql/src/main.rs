@@ -7,7 +7,6 @@
 
 mod cli;
 mod context;
-mod directory;
 mod extract;
 mod model;
 mod publish;

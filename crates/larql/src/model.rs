@@ -5,11 +5,10 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use hub::Snapshot;
+use hub::{Reference, Snapshot};
 use terminal::Failure;
 use vindex::{LocalDir, Source};
 
-use crate::cli::Reference;
 use crate::context::Context;
 
 /// A checkpoint that can be read.

@@ -11,6 +11,7 @@ use std::path::Path;
 
 use hub::{Addition, CommitRequest, Content, Hub, Snapshot, Upload};
 use serde::Serialize;
+use sha2::{Digest, Sha256};
 use terminal::{Failure, Meter, size, tell};
 use vindex::{
     INDEX_FILE, Index, PROVENANCE_FILE, Progress, Provenance, SliceContent, SliceFile, Vindex,
@@ -19,14 +20,13 @@ use vindex::{
 
 use crate::cli::Publish;
 use crate::context::Context;
-use crate::directory::sha256;
 use crate::extract::show;
 
 /// Name of the card in a repository.
 const CARD_FILE: &str = "README.md";
 const CARD_BYTES_MAX: u64 = 4 << 20;
 /// Files that the Hub keeps as text are compared byte by byte up to this size; index.json is the largest.
-pub(crate) const TEXT_BYTES_MAX: u64 = 64 << 20;
+const TEXT_BYTES_MAX: u64 = 64 << 20;
 
 /// What a publication does to a repository.
 #[derive(Debug, Serialize)]
@@ -381,4 +381,8 @@ impl fmt::Display for Changes {
         }
         Ok(())
     }
+}
+
+fn sha256(bytes: &[u8]) -> String {
+    hex::encode(Sha256::digest(bytes))
 }

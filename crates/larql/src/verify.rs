@@ -28,12 +28,13 @@ pub(crate) fn verify(dir: &Path, context: &Context) -> Result<(), Failure> {
     context.output.text(format_args!(
         "{}: slice {}, {} parts, {}: every byte is what the index says",
         dir.display(),
-        verified.slice,
+        verified.share,
         verified.n_parts,
         size(verified.bytes)
     ))?;
     context.output.value(&serde_json::json!({
-        "vindex": verified.id.to_string(), "slice": verified.slice, "n_parts": verified.n_parts, "size_bytes": verified.bytes,
+        "vindex": verified.id.to_string(), "slice": verified.share.slice, "layers": verified.share.layers, "experts": verified.share.experts,
+        "n_parts": verified.n_parts, "size_bytes": verified.bytes,
     }))
 }
 
@@ -43,7 +44,8 @@ pub(crate) fn dump(dir: &Path, context: &Context) -> Result<(), Failure> {
         Vindex::open(dir).map_err(Failure::of(format!("cannot open {}", dir.display())))?;
     if context.output.json {
         return context.output.value(&serde_json::json!({
-            "vindex": vindex.id().to_string(), "slice": vindex.slice(), "provenance": vindex.provenance(), "index": vindex.index(),
+            "vindex": vindex.id().to_string(), "slice": vindex.slice(), "layers": vindex.share().layers, "experts": vindex.share().experts,
+            "provenance": vindex.provenance(), "index": vindex.index(),
         }));
     }
     let mut text = Vec::new();

@@ -21,7 +21,7 @@ pub fn dump(vindex: &Vindex, w: &mut dyn Write) -> io::Result<()> {
     writeln!(w, "name    {}", index.name)?;
     writeln!(w, "stem    {}", index.stem)?;
     writeln!(w, "recipe  {}", index.recipe)?;
-    writeln!(w, "slice   {}", vindex.slice())?;
+    writeln!(w, "slice   {}", vindex.share())?;
     if let Some(from) = vindex.provenance() {
         let unknown = || "unknown".to_owned();
         let (repo, commit) = (

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
+use crate::share::Share;
 use crate::source::SourceError;
 
 /// Why an operation on a checkpoint or a vindex failed.
@@ -240,15 +241,23 @@ pub enum Error {
         /// Every wrong part.
         wrong: Vec<WrongPart>,
     },
-    /// The directory does not hold the slice that is asked for.
+    /// The directory does not hold what is asked for.
     #[error("{} is complete for the slice {has}, not for {wanted}; pull the rest first", path.display())]
-    SliceNotHere {
+    ShareNotHere {
         /// The directory.
         path: PathBuf,
         /// What its `slice.json` records.
-        has: &'static str,
+        has: Share,
         /// What was asked for.
-        wanted: &'static str,
+        wanted: Share,
+    },
+    /// No such share of this vindex can be.
+    #[error("{} cannot be held so: {reason}", path.display())]
+    NoShare {
+        /// The directory.
+        path: PathBuf,
+        /// What cannot be.
+        reason: String,
     },
 }
 
@@ -298,6 +307,8 @@ pub enum Wrong {
         /// On disk, hex.
         got: String,
     },
+    /// It is held by a range of experts, and the bytes of some of them changed.
+    Experts,
     /// Its bytes are those of the index, and its header says something else than the index.
     Header(String),
 }
@@ -310,6 +321,7 @@ impl fmt::Display for WrongPart {
             Wrong::Unreadable(why) => write!(f, "cannot be read ({why})")?,
             Wrong::Size { expected, got } => write!(f, "{got} bytes, expected {expected}")?,
             Wrong::Sha256 { expected, got } => write!(f, "sha256 {got}, expected {expected}")?,
+            Wrong::Experts => f.write_str("the sha256 of some experts is not that of the index")?,
             Wrong::Header(why) => write!(f, "its header disagrees with the index ({why})")?,
         }
         match self.tensors.as_slice() {

@@ -16,24 +16,25 @@ mod pipeline;
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs::{self, File};
-use std::io::Write;
 use std::path::Path;
 
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
+use crate::directory::write_whole;
 use crate::error::Error;
 use crate::gguf;
 use crate::index::{FORMAT, INDEX_FILE, Index, Part, Tensor, VindexId, hash_range, n_experts};
 use crate::open::read_index;
 use crate::plan::Plan;
 use crate::provenance::{PROVENANCE_FILE, Provenance};
+use crate::share::Share;
 use crate::slice::{SLICE_FILE, Slice};
 use crate::source::{Files, Origin, Source};
 pub use journal::JOURNAL_FILE;
 use journal::{FinishedPart, Journal};
 use layout::Layout;
-use pipeline::PARTIAL;
+pub(crate) use pipeline::PARTIAL;
 
 /// How to extract. None of it changes a byte of the vindex.
 #[derive(Clone, Copy, Debug)]
@@ -399,14 +400,18 @@ fn finish(
         tensor: INDEX_FILE.to_owned(),
         reason,
     })?;
-    write_beside(
+    write_whole(
         out,
         PROVENANCE_FILE,
         Provenance::now(&plan.origin).to_json().as_bytes(),
     )?;
-    write_beside(out, SLICE_FILE, Slice::Full.to_json().as_bytes())?;
+    write_whole(
+        out,
+        SLICE_FILE,
+        Share::from(Slice::Full).to_json().as_bytes(),
+    )?;
     sync_dir(out)?;
-    write_beside(out, INDEX_FILE, index.as_bytes())?;
+    write_whole(out, INDEX_FILE, index.as_bytes())?;
     sync_dir(out)?;
     Ok(VindexId::of(index.as_bytes()))
 }
@@ -443,16 +448,6 @@ fn index(plan: &Plan, layout: &Layout<'_>, finished: &BTreeMap<String, FinishedP
         parts,
         tensors,
     }
-}
-
-/// Write beside, sync, rename.
-fn write_beside(dir: &Path, name: &str, bytes: &[u8]) -> Result<(), Error> {
-    let partial = dir.join(format!("{name}{PARTIAL}"));
-    let mut file = File::create(&partial).map_err(Error::io("create", &partial))?;
-    file.write_all(bytes)
-        .map_err(Error::io("write", &partial))?;
-    file.sync_all().map_err(Error::io("sync", &partial))?;
-    fs::rename(&partial, dir.join(name)).map_err(Error::io("rename", &partial))
 }
 
 #[cfg(unix)]

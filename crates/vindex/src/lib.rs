@@ -9,6 +9,7 @@ mod census;
 mod checkpoint;
 mod config;
 mod config_json;
+mod directory;
 mod dump;
 mod error;
 mod extract;
@@ -22,6 +23,7 @@ mod placement;
 mod plan;
 mod provenance;
 mod recipe;
+mod share;
 mod slice;
 mod source;
 mod tokenizer;
@@ -32,6 +34,7 @@ pub use checkpoint::{Checkpoint, Dtype, OtherDtype, SourceTensor};
 pub use config::{
     Activation, Attention, Config, Experts, Gating, Rope, RopeKind, RopeScaling, SlidingWindow,
 };
+pub use directory::{clear, write_whole};
 pub use dump::dump;
 pub use error::{Error, Wrong, WrongPart};
 pub use extract::{ExtractOptions, JOURNAL_FILE, Progress, extract};
@@ -42,6 +45,7 @@ pub use open::{TensorView, Vindex};
 pub use plan::{Component, LeftOut, Plan, PlannedPart, PlannedTensor, Transform, Values, plan};
 pub use provenance::{PROVENANCE_FILE, Provenance};
 pub use recipe::{Recipe, UnknownRecipe};
+pub use share::{ExpertBytes, Hold, NoSpan, Share, Span, expert_bytes, part_header};
 pub use slice::{
     SLICE_FILE, Slice, SliceContent, SliceFile, UnknownSlice, slice_files, slice_files_of_index,
 };

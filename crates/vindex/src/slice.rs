@@ -1,4 +1,5 @@
-//! Slices: which parts a role needs, and what a directory or a repository of a slice holds.
+//! Slices: which parts a role needs, and what a directory or a repository of a slice holds. A directory may hold less,
+//! by ranges of layers and experts: `share.rs`.
 //!
 //! Invariant: a slice is a list of parts and copies no byte; every slice of an extraction has the same `index.json`.
 
@@ -14,6 +15,7 @@ use crate::index::{INDEX_FILE, Index, Part};
 use crate::open::Vindex;
 use crate::plan::Component;
 use crate::provenance::PROVENANCE_FILE;
+use crate::share::Share;
 
 /// Says which slice a directory is complete for.
 pub const SLICE_FILE: &str = "slice.json";
@@ -26,17 +28,20 @@ pub enum Slice {
     Full,
     /// Metadata and feed-forward parts.
     ExpertServer,
+    /// Metadata, embeddings and attention parts: what a node holds that asks others for its feed-forward layers.
+    Attention,
 }
 
 impl Slice {
     /// Every slice.
-    pub const ALL: [Slice; 2] = [Slice::Full, Slice::ExpertServer];
+    pub const ALL: [Slice; 3] = [Slice::Full, Slice::ExpertServer, Slice::Attention];
 
     /// As `--slices` takes it and `slice.json` records it.
     pub const fn name(self) -> &'static str {
         match self {
             Slice::Full => "full",
             Slice::ExpertServer => "expert-server",
+            Slice::Attention => "attention",
         }
     }
 
@@ -48,12 +53,8 @@ impl Slice {
                 component,
                 Component::Metadata | Component::FeedForward { .. }
             ),
+            Slice::Attention => !matches!(component, Component::FeedForward { .. }),
         }
-    }
-
-    /// The text of `slice.json`.
-    pub fn to_json(self) -> String {
-        format!("{{\"slice\":\"{}\"}}\n", self.name())
     }
 }
 
@@ -65,7 +66,7 @@ impl fmt::Display for Slice {
 
 /// A name that is no slice.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("unknown slice {0:?}; use full or expert-server")]
+#[error("unknown slice {0:?}; use full, expert-server or attention")]
 pub struct UnknownSlice(pub String);
 
 impl FromStr for Slice {
@@ -77,13 +78,6 @@ impl FromStr for Slice {
             .find(|slice| slice.name() == text)
             .ok_or_else(|| UnknownSlice(text.to_owned()))
     }
-}
-
-/// The content of `slice.json`.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(crate) struct Recorded {
-    pub(crate) slice: Slice,
 }
 
 /// One file of a published slice.
@@ -111,16 +105,9 @@ pub enum SliceContent {
 /// The files that make a directory complete for `slice`, `index.json` last. Reads no weight.
 ///
 /// # Errors
-/// [`Error::SliceNotHere`] when `vindex` has not all parts of `slice`.
+/// [`Error::ShareNotHere`] when `vindex` has not all parts of `slice`.
 pub fn slice_files(vindex: &Vindex, slice: Slice) -> Result<Vec<SliceFile>, Error> {
-    let has = vindex.slice();
-    if has != slice && has != Slice::Full {
-        return Err(Error::SliceNotHere {
-            path: vindex.dir().to_owned(),
-            has: has.name(),
-            wanted: slice.name(),
-        });
-    }
+    vindex.must_hold(&Share::from(slice))?;
     let bytes = |name: &str, bytes: Vec<u8>| SliceFile {
         name: name.to_owned(),
         size_bytes: bytes.len() as u64,
@@ -140,7 +127,7 @@ pub fn slice_files(vindex: &Vindex, slice: Slice) -> Result<Vec<SliceFile>, Erro
     if let Some(provenance) = vindex.provenance() {
         files.push(bytes(PROVENANCE_FILE, provenance.to_json().into_bytes()));
     }
-    files.push(bytes(SLICE_FILE, slice.to_json().into_bytes()));
+    files.push(bytes(SLICE_FILE, Share::from(slice).to_json().into_bytes()));
     files.push(bytes(INDEX_FILE, vindex.index_json().to_vec()));
     Ok(files)
 }

@@ -1,9 +1,9 @@
-//! Whether a directory holds what it says: every byte of the recorded slice is hashed and every header read.
+//! Whether a directory holds what it says: every byte of the recorded share is hashed and every header read.
 //!
 //! Invariant: all wrong parts are found and told, not only the first.
 
 use std::fs::File;
-use std::io::ErrorKind;
+use std::io::{ErrorKind, Read, Seek};
 use std::path::Path;
 
 use rayon::prelude::*;
@@ -12,8 +12,8 @@ use crate::error::{Error, Wrong, WrongPart};
 use crate::extract::Progress;
 use crate::gguf::{self, MetaValue};
 use crate::index::{Index, VindexId, hash_range};
-use crate::open::{map, names, read_index, read_slice};
-use crate::slice::Slice;
+use crate::open::{map, names, read_index, read_share};
+use crate::share::{ExpertBytes, Hold, Share, Span, expert_bytes, part_header};
 
 /// What was found to be intact.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,28 +21,25 @@ pub struct Verified {
     /// The identity of the content.
     pub id: VindexId,
     /// What of it the directory holds.
-    pub slice: Slice,
-    /// Parts of the slice.
+    pub share: Share,
+    /// Parts of which it holds something.
     pub n_parts: usize,
-    /// Their lengths together.
+    /// What it holds of them, together.
     pub bytes: u64,
 }
 
-/// Hashes every part that the recorded slice of `dir` should hold, and compares with the index: length, sha256, the
-/// hash of each expert, and each part's own header. Reads every byte, on all cores.
+/// Hashes all that the recorded share of `dir` should hold, and compares with the index: length, sha256, the hash of each
+/// expert, and each part's own header. Reads every byte that is held, on all cores.
 ///
 /// # Errors
 /// [`Error::Damaged`] with every wrong part; [`Error::NotAVindex`], [`Error::Index`] and [`Error::Io`] as
 /// [`crate::Vindex::open`].
 pub fn verify(dir: &Path, progress: &(dyn Fn(Progress) + Sync)) -> Result<Verified, Error> {
     let (index_json, index) = read_index(dir)?;
-    let slice = read_slice(dir)?;
-    let parts: Vec<usize> = (0..index.parts.len())
-        .filter(|&i| slice.holds(index.parts[i].component))
-        .collect();
-    let bytes = parts.iter().fold(0u64, |sum, &i| {
-        sum.saturating_add(index.parts[i].size_bytes)
-    });
+    let share = read_share(dir, &index)?;
+    let holds = (0..index.parts.len()).map(|i| (i, share.of_part(&index, i)));
+    let parts: Vec<(usize, Hold)> = holds.filter(|(_, hold)| *hold != Hold::Nothing).collect();
+    let bytes = share.size_bytes(&index);
     progress(Progress::Started {
         n_parts: parts.len(),
         bytes_total: bytes,
@@ -50,23 +47,26 @@ pub fn verify(dir: &Path, progress: &(dyn Fn(Progress) + Sync)) -> Result<Verifi
     let wrong: Vec<WrongPart> = parts
         .par_iter()
         .enumerate()
-        .filter_map(|(nth, &i)| match verify_part(dir, &index, i, progress) {
-            Ok(()) => {
-                let (file, size_bytes) = (index.parts[i].file.clone(), index.parts[i].size_bytes);
-                progress(Progress::PartDone {
-                    index: nth,
-                    n_parts: parts.len(),
-                    file,
-                    size_bytes,
-                });
-                None
-            }
-            Err((what, tensors)) => Some(WrongPart {
-                file: index.parts[i].file.clone(),
-                what,
-                tensors,
-            }),
-        })
+        .filter_map(
+            |(nth, &(i, hold))| match verify_part(dir, &index, i, hold, progress) {
+                Ok(()) => {
+                    let (file, size_bytes) =
+                        (index.parts[i].file.clone(), index.parts[i].size_bytes);
+                    progress(Progress::PartDone {
+                        index: nth,
+                        n_parts: parts.len(),
+                        file,
+                        size_bytes,
+                    });
+                    None
+                }
+                Err((what, tensors)) => Some(WrongPart {
+                    file: index.parts[i].file.clone(),
+                    what,
+                    tensors,
+                }),
+            },
+        )
         .collect();
     if !wrong.is_empty() {
         return Err(Error::Damaged {
@@ -76,17 +76,18 @@ pub fn verify(dir: &Path, progress: &(dyn Fn(Progress) + Sync)) -> Result<Verifi
     }
     Ok(Verified {
         id: VindexId::of(&index_json),
-        slice,
+        share,
         n_parts: parts.len(),
         bytes,
     })
 }
 
-/// What is wrong with part `i`, and the tensors that it damages.
+/// What is wrong with what is held of part `i`, and the tensors that it damages.
 fn verify_part(
     dir: &Path,
     index: &Index,
     i: usize,
+    hold: Hold,
     progress: &(dyn Fn(Progress) + Sync),
 ) -> Result<(), (Wrong, Vec<String>)> {
     let part = &index.parts[i];
@@ -104,8 +105,11 @@ fn verify_part(
                 expected: part.size_bytes,
                 got,
             },
-            damaged(&file, index, i),
+            damaged(&file, index, i, hold),
         ));
+    }
+    if let Hold::Experts(span) = hold {
+        return verify_experts(&file, index, i, span, progress);
     }
     let got = hash_range(&file, 0, part.size_bytes, &|n| progress(Progress::Bytes(n)))
         .map_err(unreadable)?;
@@ -115,14 +119,14 @@ fn verify_part(
                 expected: part.sha256.clone(),
                 got,
             },
-            damaged(&file, index, i),
+            damaged(&file, index, i, hold),
         ));
     }
     let bytes =
         map(&file, &path).map_err(|e| (Wrong::Unreadable(e.to_string()), names(index, i)))?;
     let header = gguf::read_header(&bytes).and_then(|header| compare(&header, index, i));
     header.map_err(|why| (Wrong::Header(why), names(index, i)))?;
-    let experts = damaged_experts(&file, index, i);
+    let experts = damaged_experts(&file, index, i, ALL, &|_| ());
     if !experts.is_empty() {
         return Err((
             Wrong::Header("the index has other hashes for experts".to_owned()),
@@ -132,44 +136,73 @@ fn verify_part(
     Ok(())
 }
 
+/// Of a part that is held by a range of experts: its header, which the index determines, and each expert.
+fn verify_experts(
+    file: &File,
+    index: &Index,
+    i: usize,
+    span: Span,
+    progress: &(dyn Fn(Progress) + Sync),
+) -> Result<(), (Wrong, Vec<String>)> {
+    let damaged = damaged_experts(file, index, i, span, &|n| progress(Progress::Bytes(n)));
+    if !damaged.is_empty() {
+        return Err((Wrong::Experts, damaged));
+    }
+    let expected = part_header(index, i).unwrap_or_default();
+    let mut got = vec![0; expected.len()];
+    let mut file = file;
+    let read = file.rewind().and_then(|()| file.read_exact(&mut got));
+    if let Err(e) = read {
+        return Err((Wrong::Unreadable(e.to_string()), names(index, i)));
+    }
+    if got != expected {
+        let why = "it is not the one that the index determines".to_owned();
+        return Err((Wrong::Header(why), names(index, i)));
+    }
+    Ok(())
+}
+
+/// All experts, in a part that is held whole.
+const ALL: Span = match Span::new(0, u32::MAX) {
+    Some(span) => span,
+    None => unreachable!(),
+};
+
 /// Tensors of a part that is known to be damaged. Stacked experts have hashes of their own and are told one by one; a
 /// tensor without may be damaged and therefore counts.
-fn damaged(file: &File, index: &Index, i: usize) -> Vec<String> {
+fn damaged(file: &File, index: &Index, i: usize, hold: Hold) -> Vec<String> {
     let tensors = index
         .tensors
         .iter()
         .filter(|tensor| tensor.part as usize == i && tensor.experts.is_none());
+    let span = match hold {
+        Hold::Experts(span) => span,
+        Hold::Whole | Hold::Nothing => ALL,
+    };
     tensors
         .map(|tensor| tensor.name.clone())
-        .chain(damaged_experts(file, index, i))
+        .chain(damaged_experts(file, index, i, span, &|_| ()))
         .collect()
 }
 
-/// `name[expert]` of each expert whose bytes are not there or not those of the index.
-fn damaged_experts(file: &File, index: &Index, i: usize) -> Vec<String> {
-    let mut damaged = Vec::new();
-    for tensor in index
-        .tensors
-        .iter()
-        .filter(|tensor| tensor.part as usize == i)
-    {
-        let Some(experts) = &tensor.experts else {
-            continue;
-        };
-        let expert_bytes = tensor.size_bytes / experts.len() as u64;
-        for (k, expected) in experts.iter().enumerate() {
-            let got = hash_range(
-                file,
-                tensor.offset_bytes + k as u64 * expert_bytes,
-                expert_bytes,
-                &|_| (),
-            );
-            if got.ok().as_ref() != Some(expected) {
-                damaged.push(format!("{}[{k}]", tensor.name));
-            }
-        }
-    }
-    damaged
+/// `name[expert]` of each expert in `span` whose bytes are not there or not those of the index.
+fn damaged_experts(
+    file: &File,
+    index: &Index,
+    i: usize,
+    span: Span,
+    progress: &dyn Fn(u64),
+) -> Vec<String> {
+    let is_damaged = |expert: &ExpertBytes<'_>| {
+        let n_bytes = expert.range.end - expert.range.start;
+        let got = hash_range(file, expert.range.start, n_bytes, progress);
+        got.ok().as_deref() != Some(expert.sha256)
+    };
+    expert_bytes(index, i, span)
+        .into_iter()
+        .filter(is_damaged)
+        .map(|expert| format!("{}[{}]", expert.tensor, expert.expert))
+        .collect()
 }
 
 /// Whether a part's own header says what the index says of it.

@@ -382,8 +382,8 @@ fn a_slice_opens_and_verifies_by_itself() {
     assert_eq!(here.unwrap().bytes, there.unwrap().bytes);
     let verified = verify(&served, &|_| ()).unwrap();
     assert_eq!(
-        (verified.id, verified.slice, verified.n_parts),
-        (id, Slice::ExpertServer, 2)
+        (verified.id, verified.share, verified.n_parts),
+        (id, Slice::ExpertServer.into(), 2)
     );
 
     let names: Vec<String> = slice_files(&slice, Slice::ExpertServer)
@@ -399,16 +399,12 @@ fn a_slice_opens_and_verifies_by_itself() {
     index.json
     ");
     let error = slice_files(&slice, Slice::Full).unwrap_err();
-    assert!(
-        matches!(
-            error,
-            Error::SliceNotHere {
-                has: "expert-server",
-                wanted: "full",
-                ..
-            }
-        ),
-        "{error}"
+    let Error::ShareNotHere { has, wanted, .. } = &error else {
+        panic!("{error}")
+    };
+    assert_eq!(
+        (*has, *wanted),
+        (Slice::ExpertServer.into(), Slice::Full.into())
     );
 }
 
@@ -427,6 +423,7 @@ fn an_index_tells_the_parts_of_a_slice() {
     };
     assert_eq!(numbers(Slice::Full), [1, 2, 3, 4, 5, 6]);
     assert_eq!(numbers(Slice::ExpertServer), [1, 4, 6]);
+    assert_eq!(numbers(Slice::Attention), [1, 2, 3, 5]);
 }
 
 /// The same weights in another directory are the same vindex, and a model's name is part of it.

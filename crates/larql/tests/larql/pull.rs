@@ -174,3 +174,293 @@ fn a_repository_without_a_vindex_is_said_to_be_one() {
     );
     assert!(!bench.path("pulled").exists());
 }
+
+#[test]
+fn a_range_of_experts_fetches_its_bytes_and_no_others() {
+    let bench = Bench::new();
+    bench.ok(&[
+        "extract",
+        &model("qwen3_moe"),
+        "-o",
+        "out",
+        "--quant",
+        "f32",
+    ]);
+    bench.ok(&[
+        "publish",
+        "out",
+        "--repo",
+        "acme/moe",
+        "--slices",
+        "expert-server",
+    ]);
+    let sent = || bench.registry.stats().sum("/resolve/").sent_bytes;
+    let before = sent();
+    let run = bench.ok(&["pull", "acme/moe", "-o", "some", "--experts", "1..3"]);
+    insta::assert_snapshot!("pull_range", run.stdout);
+    let held = held_bytes(&bench, "some");
+    let beside: u64 = ["index.json", "provenance.json"]
+        .iter()
+        .map(|name| fs::metadata(bench.path("some").join(name)).unwrap().len())
+        .sum();
+    assert_eq!(sent() - before, held + beside);
+    let full: u64 = held_bytes(&bench, "out");
+    assert!(held * 10 < full * 6, "{held} of {full} bytes");
+    assert_eq!(bench.verified("some"), bench.verified("out"));
+    let text = |name: &str| fs::read_to_string(bench.path(name)).unwrap();
+    assert_eq!(
+        text("some/slice.json"),
+        "{\"slice\":\"expert-server\",\"experts\":[1,3]}\n"
+    );
+    assert_eq!(text("some/index.json"), text("out/index.json"));
+    let dump = bench.ok(&["dump", "some"]).stdout;
+    assert!(
+        dump.contains("slice   expert-server of experts 1..3"),
+        "{dump}"
+    );
+
+    // All of it is here, and a smaller range of it.
+    for experts in ["1..3", "2..3"] {
+        let before = sent();
+        let again = bench.ok(&["pull", "acme/moe", "-o", "some", "--experts", experts]);
+        assert!(again.stdout.contains("0 parts fetched"), "{}", again.stdout);
+        assert_eq!(sent() - before, beside);
+        assert!(text("some/slice.json").contains("[1,3]"));
+    }
+    // More of it would take the place of what is here.
+    let more = bench.run(&["pull", "acme/moe", "-o", "some", "--experts", "0..2"]);
+    assert_eq!(more.code, Some(1));
+    assert!(
+        more.stderr
+            .contains("some holds expert-server of experts 1..3 of the same vindex")
+            && more.stderr.contains("--force"),
+        "{}",
+        more.stderr
+    );
+    assert_eq!(bench.verified("some"), bench.verified("out"));
+    bench.ok(&[
+        "pull",
+        "acme/moe",
+        "-o",
+        "some",
+        "--experts",
+        "0..2",
+        "--force",
+    ]);
+    assert!(bench.verified("some").is_some() && text("some/slice.json").contains("[0,2]"));
+}
+
+/// What `verify` finds to be held, in bytes.
+fn held_bytes(bench: &Bench, dir: &str) -> u64 {
+    let run = bench.ok(&["verify", dir, "--json"]);
+    let value: serde_json::Value = serde_json::from_str(&run.stdout).unwrap();
+    value["size_bytes"].as_u64().unwrap()
+}
+
+#[test]
+fn a_range_of_layers_and_the_attention_are_fewer_parts() {
+    let bench = Bench::new();
+    bench.ok(&["extract", &model("llama"), "-o", "out", "--quant", "q8_0"]);
+    bench.ok(&["publish", "out", "--repo", "acme/full", "--slices", "none"]);
+    bench.ok(&[
+        "publish",
+        "out",
+        "--repo",
+        "acme/node",
+        "--slices",
+        "attention",
+    ]);
+    let parts = |dir: &str| -> Vec<String> {
+        let names = names(&bench.path(dir)).into_iter();
+        names
+            .filter(|name| name.ends_with(".gguf"))
+            .map(|name| name[11..16].to_owned())
+            .collect()
+    };
+    bench.ok(&[
+        "pull",
+        "acme/full",
+        "-o",
+        "layer",
+        "--slice",
+        "expert-server",
+        "--layers",
+        "1..2",
+    ]);
+    assert_eq!(parts("layer"), ["00001", "00006"]);
+    bench.ok(&["pull", "acme/full", "-o", "node", "--slice", "attention"]);
+    bench.ok(&["pull", "acme/node", "-o", "same"]);
+    for dir in ["node", "same"] {
+        assert_eq!(parts(dir), ["00001", "00002", "00003", "00005"]);
+        assert!(
+            fs::read_to_string(bench.path(dir).join("slice.json"))
+                .unwrap()
+                .contains("attention")
+        );
+    }
+    for dir in ["layer", "node", "same"] {
+        assert_eq!(bench.verified(dir), bench.verified("out"), "{dir}");
+    }
+    let rest = bench.run(&["pull", "acme/node", "-o", "x", "--slice", "expert-server"]);
+    assert_eq!(rest.code, Some(1));
+    assert!(
+        rest.stderr
+            .contains("does not hold the slice expert-server")
+            && rest.stderr.contains("hint: it holds the slice attention"),
+        "{}",
+        rest.stderr
+    );
+    assert!(!bench.path("x").exists());
+
+    for (args, words) in [
+        (
+            &["--layers", "1..3"][..],
+            "layers 1..3 are not all in the model, which has layers 0..2",
+        ),
+        (&["--experts", "1..2"], "the model is dense"),
+        (
+            &["--slice", "attention", "--layers", "0..1"],
+            "the slice attention has no ranges",
+        ),
+    ] {
+        let run = bench.run(&[&["pull", "acme/full", "-o", "x"], args].concat());
+        assert_eq!(run.code, Some(1), "{args:?}");
+        assert!(run.stderr.contains(words), "{args:?}\n{}", run.stderr);
+        assert!(!bench.path("x").exists());
+    }
+    let run = bench.run(&["pull", "acme/full", "-o", "x", "--layers", "0..=1"]);
+    assert_eq!(run.code, Some(2));
+    assert!(
+        run.stderr.contains("write 0..4 for 0, 1, 2 and 3"),
+        "{}",
+        run.stderr
+    );
+}
+
+#[test]
+fn a_killed_pull_of_a_range_is_gone_on_from() {
+    let bench = Bench::new();
+    bench.ok(&[
+        "extract",
+        &model("qwen3_moe"),
+        "-o",
+        "out",
+        "--quant",
+        "f32",
+    ]);
+    bench.ok(&["publish", "out", "--repo", "acme/moe", "--slices", "none"]);
+    let pull = ["pull", "acme/moe", "-o", "some", "--experts", "1..4"];
+    for i in 0..12u64 {
+        bench.kill_after(&pull, Duration::from_millis(5 + i * 5));
+        if bench.path("some/index.json").exists() {
+            assert_eq!(bench.verified("some"), bench.verified("out"));
+        }
+    }
+    bench.ok(&pull);
+    assert_eq!(bench.verified("some"), bench.verified("out"));
+    assert!(
+        names(&bench.path("some"))
+            .iter()
+            .all(|name| !name.contains("incomplete") && !name.contains("partial"))
+    );
+}
+
+/// Of a part that was begun, only what is missing is fetched; what is damaged is fetched again, by expert.
+#[test]
+fn a_range_that_was_begun_is_not_fetched_twice() {
+    let bench = Bench::new();
+    bench.ok(&[
+        "extract",
+        &model("qwen3_moe"),
+        "-o",
+        "out",
+        "--quant",
+        "f32",
+    ]);
+    bench.ok(&["publish", "out", "--repo", "acme/moe", "--slices", "none"]);
+    let sent = || bench.registry.stats().sum("/resolve/").sent_bytes;
+    let before = sent();
+    bench.ok(&["pull", "acme/moe", "-o", "two", "--experts", "1..3"]);
+    let of_two = sent() - before;
+    // As a pull leaves it that was killed before its last part had its name.
+    let parts: Vec<String> = names(&bench.path("two"))
+        .into_iter()
+        .filter(|name| name.ends_with(".gguf"))
+        .collect();
+    let last = parts.last().unwrap();
+    let index: serde_json::Value =
+        serde_json::from_slice(&fs::read(bench.path("two/index.json")).unwrap()).unwrap();
+    let (mut done, mut n_bytes_of_expert) = (Vec::new(), 0);
+    let parts_indexed = index["parts"].as_array().unwrap();
+    let number = parts_indexed
+        .iter()
+        .position(|part| part["file"] == last.as_str())
+        .unwrap();
+    for tensor in index["tensors"].as_array().unwrap() {
+        if tensor["part"] == number {
+            let (at, size) = (
+                tensor["offset_bytes"].as_u64().unwrap(),
+                tensor["size_bytes"].as_u64().unwrap() / 4,
+            );
+            done.push((at + size, at + 3 * size));
+            n_bytes_of_expert += size;
+        }
+    }
+    assert_eq!(done.len(), 3);
+    fs::remove_file(bench.path("two/index.json")).unwrap();
+    fs::rename(
+        bench.path("two").join(last),
+        bench.path("two").join(format!("{last}.incomplete")),
+    )
+    .unwrap();
+    let state = serde_json::json!({
+        "content": format!("sha256:{}", parts_indexed[number]["sha256"].as_str().unwrap()),
+        "size_bytes": parts_indexed[number]["size_bytes"], "done": done,
+    });
+    let record = bench.path("two").join(format!("{last}.incomplete.json"));
+    fs::write(&record, state.to_string()).unwrap();
+    let before = sent();
+    bench.ok(&["pull", "acme/moe", "-o", "two", "--experts", "1..4"]);
+    let beside = fs::metadata(bench.path("two/index.json")).unwrap().len()
+        + fs::metadata(bench.path("two/provenance.json"))
+            .unwrap()
+            .len();
+    assert_eq!(sent() - before, n_bytes_of_expert + beside);
+    assert!(sent() - before < of_two);
+    assert_eq!(bench.verified("two"), bench.verified("out"));
+    assert!(
+        fs::read_to_string(bench.path("two/slice.json"))
+            .unwrap()
+            .contains("[1,4]")
+    );
+
+    // A record that lies: one expert is not there.
+    fs::remove_file(bench.path("two/index.json")).unwrap();
+    fs::rename(
+        bench.path("two").join(last),
+        bench.path("two").join(format!("{last}.incomplete")),
+    )
+    .unwrap();
+    let file = fs::OpenOptions::new()
+        .write(true)
+        .open(bench.path("two").join(format!("{last}.incomplete")))
+        .unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &[0xff; 64], done[1].0).unwrap();
+    fs::write(&record, state.to_string()).unwrap();
+    let run = bench.run(&["pull", "acme/moe", "-o", "two", "--experts", "1..3"]);
+    assert_eq!(run.code, Some(1), "{}", run.stdout);
+    assert!(
+        run.stderr.contains("expert 1 of blk.0.ffn_") && run.stderr.contains("has the hash"),
+        "{}",
+        run.stderr
+    );
+    assert!(!bench.path("two/index.json").exists());
+    let before = sent();
+    bench.ok(&["pull", "acme/moe", "-o", "two", "--experts", "1..3"]);
+    assert_eq!(
+        sent() - before,
+        n_bytes_of_expert / 3 + beside,
+        "only that expert is fetched again"
+    );
+    assert_eq!(bench.verified("two"), bench.verified("out"));
+}

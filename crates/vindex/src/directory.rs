@@ -1,4 +1,4 @@
-//! Small work on files: what may be removed from a directory that is to become a vindex, writing whole, hashing.
+//! Small work on the files of a directory that is, or is to become, a vindex: removing them, writing one whole.
 //!
 //! Invariant: only files that vindexes are made of are removed, `index.json` first, so that a directory that is half
 //! cleared is no vindex; whatever else lies there stays.
@@ -7,16 +7,21 @@ use std::fs;
 use std::io::{self, Write};
 use std::path::Path;
 
-use sha2::{Digest, Sha256};
-use terminal::Failure;
-use vindex::{INDEX_FILE, JOURNAL_FILE, PROVENANCE_FILE, SLICE_FILE};
+use crate::error::Error;
+use crate::extract::{JOURNAL_FILE, PARTIAL};
+use crate::index::INDEX_FILE;
+use crate::provenance::PROVENANCE_FILE;
+use crate::slice::SLICE_FILE;
 
-/// Removes the vindex, or the beginning of one, that is in `dir`.
-pub(crate) fn clear(dir: &Path) -> Result<(), Failure> {
+/// Removes the vindex, or the beginning of one, that is in `dir`, and nothing else; there need be no such directory.
+///
+/// # Errors
+/// [`Error::Io`].
+pub fn clear(dir: &Path) -> Result<(), Error> {
     let entries = match fs::read_dir(dir) {
         Ok(entries) => entries,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(Failure::io("cannot list", dir, error)),
+        Err(error) => return Err(Error::io("list", dir)(error)),
     };
     let mut names = vec![
         INDEX_FILE.to_owned(),
@@ -25,9 +30,7 @@ pub(crate) fn clear(dir: &Path) -> Result<(), Failure> {
         JOURNAL_FILE.to_owned(),
     ];
     for entry in entries {
-        let name = entry
-            .map_err(|error| Failure::io("cannot list", dir, error))?
-            .file_name();
+        let name = entry.map_err(Error::io("list", dir))?.file_name();
         names.extend(
             name.to_str()
                 .filter(|name| is_part(name))
@@ -39,15 +42,10 @@ pub(crate) fn clear(dir: &Path) -> Result<(), Failure> {
         match fs::remove_file(&path) {
             Ok(()) => {}
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(Failure::io("cannot remove", &path, error)),
+            Err(error) => return Err(Error::io("remove", &path)(error)),
         }
     }
     Ok(())
-}
-
-/// sha256 of some bytes, hex.
-pub(crate) fn sha256(bytes: &[u8]) -> String {
-    hex::encode(Sha256::digest(bytes))
 }
 
 /// Whether a file has the name of a part (`<stem>-00001-of-00009.gguf`), or of one that is being written or fetched.
@@ -65,14 +63,17 @@ fn is_part(name: &str) -> bool {
     numbered && matches!(suffix, "" | ".partial" | ".incomplete" | ".incomplete.json")
 }
 
-/// Writes `dir/name` so that it is there whole or not at all.
-pub(crate) fn write_whole(dir: &Path, name: &str, bytes: &[u8]) -> Result<(), Failure> {
-    let (partial, path) = (dir.join(format!("{name}.partial")), dir.join(name));
-    let written = fs::File::create(&partial)
-        .and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()));
-    written
-        .and_then(|()| fs::rename(&partial, &path))
-        .map_err(|error| Failure::io("cannot write", &path, error))
+/// Writes `dir/name` so that it is there whole or not at all: beside, synced, renamed.
+///
+/// # Errors
+/// [`Error::Io`].
+pub fn write_whole(dir: &Path, name: &str, bytes: &[u8]) -> Result<(), Error> {
+    let partial = dir.join(format!("{name}{PARTIAL}"));
+    let mut file = fs::File::create(&partial).map_err(Error::io("create", &partial))?;
+    file.write_all(bytes)
+        .map_err(Error::io("write", &partial))?;
+    file.sync_all().map_err(Error::io("sync", &partial))?;
+    fs::rename(&partial, dir.join(name)).map_err(Error::io("rename", &partial))
 }
 
 #[cfg(test)]
