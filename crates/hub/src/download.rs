@@ -71,7 +71,10 @@ impl Snapshot {
             return Ok(Downloaded::AlreadyThere);
         }
         let part = Part::open(target, &content.key(), size_bytes)?;
-        let missing = part.missing(&[0..size_bytes], self.wire().settings().chunk_bytes.max(1));
+        let missing = part.missing(
+            std::slice::from_ref(&(0..size_bytes)),
+            self.wire().settings().chunk_bytes.max(1),
+        );
         let kept_bytes = size_bytes - n_bytes(&missing);
         progress(Download::Started {
             size_bytes,

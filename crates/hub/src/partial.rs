@@ -341,7 +341,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let part = Part::open(&dir.path().join("f"), "git:x", 100).unwrap();
         part.shared.lock().unwrap().1.done = vec![(10, 20), (90, 100)];
-        assert_eq!(part.missing(&[0..100], 40), [0..10, 20..60, 60..90]);
+        assert_eq!(
+            part.missing(std::slice::from_ref(&(0..100)), 40),
+            [0..10, 20..60, 60..90]
+        );
         assert_eq!(
             part.missing(&[0..5, 5..10, 12..20, 30..91], 40),
             [0..10, 30..70, 70..90]

@@ -92,7 +92,7 @@ impl Hub {
         let repo = &from.repo;
         let failed = |source| PullError::Hub {
             repo: repo.clone(),
-            source,
+            source: Box::new(source),
         };
         let snapshot = self.snapshot(repo, from.revision.as_deref()).await;
         let snapshot = snapshot.map_err(failed)?;
@@ -203,7 +203,7 @@ impl Published {
                 Fetch::Error(source) => PullError::Part {
                     repo: self.repo().clone(),
                     file: part.file.clone(),
-                    source,
+                    source: Box::new(source),
                 },
                 Fetch::Disagrees(what) => self.disagrees(&part.file, what),
             })?;
@@ -384,7 +384,7 @@ impl Published {
                 .await;
             let provenance = provenance.map_err(|source| PullError::Hub {
                 repo: self.repo().clone(),
-                source,
+                source: Box::new(source),
             })?;
             vindex::write_whole(dir, PROVENANCE_FILE, &provenance)?;
         }
@@ -484,7 +484,7 @@ pub async fn cached_vindex(
             let resolved = hub.resolve(&from.repo, from.revision.as_deref()).await;
             resolved.map_err(|source| PullError::Hub {
                 repo: from.repo.clone(),
-                source,
+                source: Box::new(source),
             })?
         }
     };
@@ -546,7 +546,7 @@ pub enum PullError {
         repo: RepoId,
         /// Why.
         #[source]
-        source: Error,
+        source: Box<Error>,
     },
     /// The repository has no index.
     #[error("{repo} holds no vindex at commit {commit}: it has no {INDEX_FILE}")]
@@ -619,7 +619,7 @@ pub enum PullError {
         file: String,
         /// Why.
         #[source]
-        source: Error,
+        source: Box<Error>,
     },
     /// This disk.
     #[error(transparent)]
@@ -653,9 +653,7 @@ impl PullError {
     #[must_use]
     pub fn into_cause(self) -> Option<Box<dyn StdError + Send + Sync>> {
         match self {
-            PullError::Hub { source, .. } | PullError::Part { source, .. } => {
-                Some(Box::new(source))
-            }
+            PullError::Hub { source, .. } | PullError::Part { source, .. } => Some(source),
             PullError::Disk(vindex::Error::Io { source, .. }) => Some(Box::new(source)),
             _ => None,
         }
