@@ -218,7 +218,7 @@ impl<'a> Call<'a> {
             {
                 continue;
             }
-            if !is_owner && n_spare < 2 {
+            if !is_owner && n_spare == 0 {
                 continue;
             }
             n_spare = n_spare.saturating_sub(1);
@@ -289,42 +289,38 @@ impl<'a> Call<'a> {
     /// Gives pieces to legs that have room, and to the kernel what it takes of them.
     fn send(&mut self) -> Result<(), FfnError> {
         let now = Instant::now();
-        let mut i = 0;
-        while i < self.memory.legs.len() {
-            let leg = &mut self.memory.legs[i];
-            if leg.paused_until.is_some_and(|until| until <= now) {
-                leg.paused_until = None;
-            }
-            let mut at = 0;
-            while leg.has_room() {
-                let Some(found) = self
-                    .memory
-                    .queue
-                    .iter()
-                    .skip(at)
-                    .position(|piece| leg.takes(piece))
-                else {
-                    break;
-                };
-                at += found;
-                let Some(piece) = self.memory.queue.remove(at) else {
-                    break;
-                };
-                let more = leg.flights.len() + 1 < leg.connection.max_in_flight
-                    && self.memory.queue.iter().any(|piece| leg.takes(piece));
-                if leg.flights.is_empty() {
-                    leg.moved = now;
+        // In rounds of one piece for each leg, so that replicas share a large batch.
+        loop {
+            let mut is_given = false;
+            let mut i = 0;
+            while i < self.memory.legs.len() {
+                let leg = &mut self.memory.legs[i];
+                leg.paused_until = leg.paused_until.filter(|until| *until > now);
+                let queue = &mut self.memory.queue;
+                let at = queue.iter().position(|piece| leg.takes(piece));
+                if let Some(piece) = at
+                    .filter(|_| leg.has_room())
+                    .and_then(|at| queue.remove(at))
+                {
+                    is_given = true;
+                    let more = leg.flights.len() + 1 < leg.connection.max_in_flight
+                        && queue.iter().any(|piece| leg.takes(piece));
+                    if leg.flights.is_empty() {
+                        leg.moved = now;
+                    }
+                    let (batch, options) = (&self.batch, &self.peers.options);
+                    leg.ask(piece, more, self.layer, batch, &self.memory.order, options)?;
+                    self.last_asked = leg.peer;
                 }
-                let (batch, options) = (&self.batch, &self.peers.options);
-                leg.ask(piece, more, self.layer, batch, &self.memory.order, options)?;
-                self.last_asked = leg.peer;
+                match leg.push(self.peers) {
+                    Ok(()) => i += 1,
+                    Err(error) => self.fail(i, transport(&error)),
+                }
             }
-            match leg.push(self.peers) {
-                Ok(()) => i += 1,
-                Err(error) => self.fail(i, transport(&error)),
+            if !is_given {
+                return Ok(());
             }
         }
-        Ok(())
     }
 
     /// Waits for something to happen on any leg, at most a tick, and takes it in.

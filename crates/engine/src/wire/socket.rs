@@ -227,6 +227,10 @@ fn wait_for(sockets: &mut [(BorrowedFd<'_>, Wanted)], limit: Option<Duration>) -
     Ok(())
 }
 
+/// Connections that the kernel keeps until they are accepted. With the standard library's 128, a burst makes clients
+/// repeat their first packet, a second later.
+const BACKLOG: i32 = 4096;
+
 /// A listening socket. A Unix socket's file goes with it.
 #[derive(Debug)]
 pub struct Listener {
@@ -272,8 +276,14 @@ impl Listener {
             _ => address.clone(),
         };
         match &inner {
-            Inner::Tcp(listener) => listener.set_nonblocking(true)?,
-            Inner::Unix(listener, _) => listener.set_nonblocking(true)?,
+            Inner::Tcp(listener) => {
+                listener.set_nonblocking(true)?;
+                rustix::net::listen(listener, BACKLOG)?;
+            }
+            Inner::Unix(listener, _) => {
+                listener.set_nonblocking(true)?;
+                rustix::net::listen(listener, BACKLOG)?;
+            }
         }
         Ok(Listener { inner, address })
     }
