@@ -22,6 +22,14 @@ use crate::tokenizer::Tokenizer;
 /// Longest text of a grammar, in bytes.
 const MAX_SOURCE_BYTES: usize = 1 << 20;
 
+/// States that a grammar's lexer may have, of 1 to 2 kB each.
+const MAX_LEXER_STATES: usize = 50_000;
+
+/// Patterns in a schema that may ask for all of them at once: eight take 10 ms in the worst case, twenty take seconds.
+const MAX_COMBINED_PATTERNS: usize = 8;
+/// Names by pattern in one object.
+const MAX_PATTERN_PROPERTIES: usize = 16;
+
 /// Key of a schema under which the library is told how to read it.
 const OPTIONS: &str = "x-guidance";
 
@@ -81,8 +89,10 @@ impl GrammarFactory {
         let mut parsers = ParserFactory::new_simple(&environment)
             .map_err(|e| GrammarError::Tokenizer(e.to_string()))?;
         parsers.quiet();
+        let limits = parsers.limits_mut();
         // The state of a parser is of no use to whoever sent the schema.
-        parsers.limits_mut().verbose_errors = false;
+        limits.verbose_errors = false;
+        limits.max_lexer_states = MAX_LEXER_STATES;
         Ok(GrammarFactory { parsers })
     }
 
@@ -92,6 +102,9 @@ impl GrammarFactory {
     /// [`GrammarError::Invalid`].
     pub fn json_schema(&self, schema: &Value) -> Result<Grammar, GrammarError> {
         within(schema.to_string().len())?;
+        let mut patterns = Patterns::default();
+        patterns.count(schema);
+        patterns.check()?;
         let mut schema = schema.clone();
         match &mut schema {
             // `true` is JSON Schema's way to say anything.
@@ -159,6 +172,58 @@ impl GrammarFactory {
     }
 }
 
+/// What a schema asks of a text by patterns. That a text follows several at once costs the library time and memory
+/// that grow with the product of them and that it does not bound.
+#[derive(Default)]
+struct Patterns {
+    n: usize,
+    /// Some schema is put together of others, so that all patterns may have to hold at once.
+    combine: bool,
+    /// Names of properties that one object describes by patterns; each is compared with each.
+    n_of_names: usize,
+}
+
+impl Patterns {
+    fn count(&mut self, schema: &Value) {
+        match schema {
+            Value::Array(items) => items.iter().for_each(|item| self.count(item)),
+            Value::Object(keys) => {
+                let n = ["pattern", "format"]
+                    .iter()
+                    .filter(|&&key| keys.get(key).is_some_and(Value::is_string))
+                    .count();
+                self.n += n;
+                self.combine |= n > 1 || keys.get("allOf").is_some_and(Value::is_array);
+                let joins = ["$ref", "anyOf", "oneOf"]
+                    .iter()
+                    .any(|&key| keys.contains_key(key));
+                self.combine |= n > 0 && joins;
+                if let Some(Value::Object(names)) = keys.get("patternProperties") {
+                    self.n_of_names = self.n_of_names.max(names.len());
+                }
+                keys.values().for_each(|value| self.count(value));
+            }
+            _ => {}
+        }
+    }
+
+    fn check(&self) -> Result<(), GrammarError> {
+        if self.combine && self.n > MAX_COMBINED_PATTERNS {
+            return Err(GrammarError::Invalid(format!(
+                "the schema combines schemas and has {} patterns and formats; {MAX_COMBINED_PATTERNS} are followed then",
+                self.n
+            )));
+        }
+        if self.n_of_names > MAX_PATTERN_PROPERTIES {
+            return Err(GrammarError::Invalid(format!(
+                "an object of the schema has {} patternProperties; {MAX_PATTERN_PROPERTIES} are followed",
+                self.n_of_names
+            )));
+        }
+        Ok(())
+    }
+}
+
 fn within(n_bytes: usize) -> Result<(), GrammarError> {
     if n_bytes > MAX_SOURCE_BYTES {
         return Err(GrammarError::Invalid(format!(
@@ -195,9 +260,17 @@ impl Grammar {
             .matcher
             .compute_mask_or_eos()
             .map_err(|e| invalid(&e))?;
-        for (id, logit) in logits.iter_mut().enumerate() {
-            if id >= allowed.len() || !allowed.get(id) {
-                *logit = f32::NEG_INFINITY;
+        // 32 tokens to a word, the lowest bit first; beyond the last word nothing is allowed.
+        let words = allowed
+            .as_slice()
+            .iter()
+            .copied()
+            .chain(std::iter::repeat(0));
+        for (logits, word) in logits.chunks_mut(32).zip(words) {
+            for (bit, logit) in logits.iter_mut().enumerate() {
+                if word >> bit & 1 == 0 {
+                    *logit = f32::NEG_INFINITY;
+                }
             }
         }
         Ok(())

@@ -156,3 +156,69 @@ fn what_cannot_be_compiled_or_followed_is_an_error() {
     assert!(grammar.accept(z).is_err());
     assert!(grammar.mask(&mut vec![0.0; 512]).is_err());
 }
+
+/// What would take long or much where nothing bounds it: each is compiled and followed for a while, or refused.
+#[test]
+fn hostile_schemas_end() {
+    let (_dir, vindex) = extracted("fixtures/models/qwen3");
+    let tokenizer = Tokenizer::of(&vindex).unwrap();
+    let factory = GrammarFactory::new(&tokenizer).unwrap();
+    let names: Vec<String> = (0..20_000).map(|i| format!("value {i}")).collect();
+    let many: Vec<Value> = (0..300)
+        .map(|i| json!({"pattern": format!("^(a|b)*a(a|b){{{i}}}$")}))
+        .collect();
+    let by_name: serde_json::Map<String, Value> = (0..2000)
+        .map(|i| (format!("^(a|b)*c{{{i}}}$"), json!({})))
+        .collect();
+    let mut chain = json!({});
+    for i in 0..300 {
+        let pattern = format!("^(a|b)*a(a|b){{{i}}}$");
+        chain[format!("d{i}")] = json!({"$ref": format!("#/$defs/d{}", i + 1), "pattern": pattern});
+    }
+    chain["d300"] = json!({"type": "string"});
+    let mut deep = json!({"type": "string"});
+    for _ in 0..100 {
+        deep = json!({"anyOf": [{"type": "array", "items": deep}, {"type": "null"}]});
+    }
+    let schemas = [
+        json!({"enum": names}),
+        json!({"type": "string", "maxLength": 1_000_000_000}),
+        json!({"type": "string", "pattern": "^((a{1000}){1000}){1000}$"}),
+        json!({"type": "string", "pattern": "^(a|b)*a(a|b){300}$"}),
+        json!({"type": "array", "items": {}, "minItems": 1_000_000_000}),
+        json!({"type": "integer", "minimum": -1e300, "maximum": 1e300}),
+        json!({"allOf": many}),
+        json!({"allOf": many[..8]}),
+        json!({"patternProperties": by_name}),
+        json!({"$ref": "#"}),
+        json!({"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}),
+        json!({"$defs": chain, "$ref": "#/$defs/d0"}),
+        deep,
+    ];
+    let mut n_refused = 0;
+    for schema in schemas {
+        let Ok(mut grammar) = factory.json_schema(&schema) else {
+            n_refused += 1;
+            continue;
+        };
+        let mut sampler = Sampler::new(
+            &Sampling {
+                temperature: 1.0,
+                ..Sampling::default()
+            },
+            &[],
+            1,
+        );
+        for _ in 0..30 {
+            let mut logits = vec![0.0; tokenizer.n_vocab()];
+            if grammar.is_complete() || grammar.mask(&mut logits).is_err() {
+                break;
+            }
+            let Some(id) = sampler.choose(&logits) else {
+                break;
+            };
+            grammar.accept(id).unwrap();
+        }
+    }
+    assert!(n_refused >= 3, "{n_refused} refused");
+}
