@@ -29,7 +29,7 @@ impl Socket {
     /// Connects, trying every address of a host name, before `until`.
     pub(super) fn connect(address: &Address, until: Instant) -> io::Result<Socket> {
         match address {
-            Address::Unix(path) => Ok(Socket::Unix(connect_unix(path, until)?)),
+            Address::Unix(path) => Socket::unix(connect_unix(path, until)?),
             Address::Tcp { host, port } => {
                 let mut error = io::Error::new(ErrorKind::NotFound, "the host name has no address");
                 for address in (host.as_str(), *port).to_socket_addrs()? {
@@ -58,6 +58,12 @@ impl Socket {
             sockopt::set_tcp_keepcnt(&stream, 3)?;
         }
         Ok(Socket::Tcp(stream))
+    }
+
+    /// A batch of 16 rows leaves at once where the system allows it; TCP finds its own size.
+    fn unix(stream: UnixStream) -> io::Result<Socket> {
+        sockopt::set_socket_send_buffer_size(&stream, SEND_BUFFER)?;
+        Ok(Socket::Unix(stream))
     }
 
     /// How long [`Socket::recv`] waits.
@@ -227,6 +233,9 @@ fn wait_for(sockets: &mut [(BorrowedFd<'_>, Wanted)], limit: Option<Duration>) -
     Ok(())
 }
 
+/// Bytes that a Unix socket takes before its reader has read; the system cuts it to what it allows.
+const SEND_BUFFER: usize = 1 << 20;
+
 /// Connections that the kernel keeps until they are accepted. With the standard library's 128, a burst makes clients
 /// repeat their first packet, a second later.
 const BACKLOG: i32 = 4096;
@@ -304,7 +313,7 @@ impl Listener {
                 }),
                 Inner::Unix(listener, _) => listener.accept().map(|(stream, _)| {
                     stream.set_nonblocking(false)?;
-                    Ok(Socket::Unix(stream))
+                    Socket::unix(stream)
                 }),
             };
             match accepted {

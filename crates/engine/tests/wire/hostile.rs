@@ -512,7 +512,10 @@ fn ten_thousand_connections_do_not_keep_a_node_out() {
         thread.join().expect("the flood");
     }
     assert!(most <= 33 + 1, "{most} connections at once");
-    assert!(refused(&server.server, Refusal::Full) > 0, "the bound was never met");
+    assert!(
+        refused(&server.server, Refusal::Full) > 0,
+        "the bound was never met"
+    );
     // And another node gets in at once.
     still_serves(&connect(std::slice::from_ref(&server), model));
     until("the flood is forgotten", || {

@@ -5,3 +5,4 @@ mod failure;
 mod hostile;
 mod oracle;
 mod raw;
+mod split;
