@@ -23,6 +23,10 @@ pub(crate) trait Words: Copy {
     fn splat(x: i32) -> Self;
     /// Four columns of words: word r of column j is the word at `offset_bytes + 4 j` of row r.
     fn columns<const BYTES: usize>(rows: &Rows<'_, BYTES>, offset_bytes: usize) -> [Self; 4];
+    /// One column of words.
+    fn column<const BYTES: usize>(rows: &Rows<'_, BYTES>, offset_bytes: usize) -> Self;
+    /// Asks for `n_bytes` from `offset_bytes` on for work that comes soon; beyond the end it does no harm.
+    fn prefetch(bytes: &[u8], offset_bytes: usize, n_bytes: usize);
     /// The f16 at `offset_bytes` of each row.
     fn f16_column<const BYTES: usize>(rows: &Rows<'_, BYTES>, offset_bytes: usize) -> Self::Lanes;
     fn and(self, b: Self) -> Self;

@@ -186,37 +186,44 @@ impl Lanes for Ymm2 {
 
     #[inline(always)]
     fn from_bf16(x: &[u16; N_LANES]) -> Self {
-        let eight = |x: &[u16]| {
-            simd!(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(
-                _mm256_cvtepu16_epi32(_mm_loadu_si128(x[..8].as_ptr().cast()))
-            )))
-        };
-        Ymm2(eight(x), eight(&x[8..]))
+        simd!({
+            let low = _mm256_cvtepu16_epi32(_mm_loadu_si128(x.as_ptr().cast()));
+            let high = _mm256_cvtepu16_epi32(_mm_loadu_si128(x[8..].as_ptr().cast()));
+            Ymm2(
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(low)),
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(high)),
+            )
+        })
     }
 
     #[inline(always)]
     fn power_of_two(self) -> Self {
-        let eight = |n| {
-            simd!(_mm256_castsi256_ps(_mm256_slli_epi32::<23>(
-                _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127))
-            )))
-        };
-        Ymm2(eight(self.0), eight(self.1))
+        simd!({
+            let bias = _mm256_set1_epi32(127);
+            let low = _mm256_add_epi32(_mm256_cvtps_epi32(self.0), bias);
+            let high = _mm256_add_epi32(_mm256_cvtps_epi32(self.1), bias);
+            Ymm2(
+                _mm256_castsi256_ps(_mm256_slli_epi32::<23>(low)),
+                _mm256_castsi256_ps(_mm256_slli_epi32::<23>(high)),
+            )
+        })
     }
 
     #[inline(always)]
-    fn sum4(x: [Self; 4]) -> [f32; 4] {
+    fn sum4([a, b, c, d]: [Self; 4]) -> [f32; 4] {
         simd!({
-            let eight = x.map(|x| _mm256_add_ps(x.0, x.1));
-            let fold = |a, b| {
-                // Lower half: the four of a; upper half: the four of b.
-                _mm256_add_ps(
-                    _mm256_permute2f128_ps::<0x20>(a, b),
-                    _mm256_permute2f128_ps::<0x31>(a, b),
-                )
-            };
-            let (ab, cd) = (fold(eight[0], eight[1]), fold(eight[2], eight[3]));
-            // In each half, two of the first register and two of the second, then one of each.
+            let (a, b) = (_mm256_add_ps(a.0, a.1), _mm256_add_ps(b.0, b.1));
+            let (c, d) = (_mm256_add_ps(c.0, c.1), _mm256_add_ps(d.0, d.1));
+            // Lower half: the four of the first; upper half: the four of the second.
+            let ab = _mm256_add_ps(
+                _mm256_permute2f128_ps::<0x20>(a, b),
+                _mm256_permute2f128_ps::<0x31>(a, b),
+            );
+            let cd = _mm256_add_ps(
+                _mm256_permute2f128_ps::<0x20>(c, d),
+                _mm256_permute2f128_ps::<0x31>(c, d),
+            );
+            // In each half, two of ab and two of cd, then one of each.
             let two = _mm256_add_ps(
                 _mm256_shuffle_ps::<0b01_00_01_00>(ab, cd),
                 _mm256_shuffle_ps::<0b11_10_11_10>(ab, cd),

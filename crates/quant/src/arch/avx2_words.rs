@@ -19,11 +19,61 @@ macro_rules! simd {
     };
 }
 
-impl WordYmm2 {
-    #[inline(always)]
-    fn zip(self, b: Self, f: impl Fn(__m256i, __m256i) -> __m256i) -> Self {
-        WordYmm2(f(self.0, b.0), f(self.1, b.1))
-    }
+// Halves are written out and helpers are functions, because a closure cannot be told to be inlined.
+
+/// 16 bytes of the rows `row` and 4 + `row`.
+#[inline(always)]
+fn two_rows<const BYTES: usize>(
+    rows: &Rows<'_, BYTES>,
+    row: usize,
+    offset_bytes: usize,
+) -> __m256i {
+    let (low, high) = (
+        rows.at::<16>(row, offset_bytes).cast(),
+        rows.at::<16>(4 + row, offset_bytes).cast(),
+    );
+    simd!(_mm256_inserti128_si256::<1>(
+        _mm256_castsi128_si256(_mm_loadu_si128(low)),
+        _mm_loadu_si128(high)
+    ))
+}
+
+/// The words at `offset_bytes` of eight rows from `row` on.
+#[inline(always)]
+fn eight_words<const BYTES: usize>(
+    rows: &Rows<'_, BYTES>,
+    row: usize,
+    offset_bytes: usize,
+) -> __m256i {
+    simd!(_mm256_setr_epi32(
+        i32::from_le_bytes(rows.bytes(row, offset_bytes)),
+        i32::from_le_bytes(rows.bytes(row + 1, offset_bytes)),
+        i32::from_le_bytes(rows.bytes(row + 2, offset_bytes)),
+        i32::from_le_bytes(rows.bytes(row + 3, offset_bytes)),
+        i32::from_le_bytes(rows.bytes(row + 4, offset_bytes)),
+        i32::from_le_bytes(rows.bytes(row + 5, offset_bytes)),
+        i32::from_le_bytes(rows.bytes(row + 6, offset_bytes)),
+        i32::from_le_bytes(rows.bytes(row + 7, offset_bytes))
+    ))
+}
+
+/// The halves of words at `offset_bytes` of eight rows from `row` on.
+#[inline(always)]
+pub(super) fn eight_halves<const BYTES: usize>(
+    rows: &Rows<'_, BYTES>,
+    row: usize,
+    offset_bytes: usize,
+) -> __m128i {
+    simd!(_mm_setr_epi16(
+        i16::from_le_bytes(rows.bytes(row, offset_bytes)),
+        i16::from_le_bytes(rows.bytes(row + 1, offset_bytes)),
+        i16::from_le_bytes(rows.bytes(row + 2, offset_bytes)),
+        i16::from_le_bytes(rows.bytes(row + 3, offset_bytes)),
+        i16::from_le_bytes(rows.bytes(row + 4, offset_bytes)),
+        i16::from_le_bytes(rows.bytes(row + 5, offset_bytes)),
+        i16::from_le_bytes(rows.bytes(row + 6, offset_bytes)),
+        i16::from_le_bytes(rows.bytes(row + 7, offset_bytes))
+    ))
 }
 
 /// Four columns of eight rows, from row `first` on.
@@ -35,17 +85,12 @@ fn columns8<const BYTES: usize>(
 ) -> [__m256i; 4] {
     // Register i holds row i in its lower half and row 4 + i in its upper; a 4 x 4 transposition within the halves then
     // puts the rows in order.
-    let pair = |i: usize| {
-        let (low, high) = (
-            rows.at::<16>(first + i, offset_bytes).cast(),
-            rows.at::<16>(first + 4 + i, offset_bytes).cast(),
-        );
-        simd!(_mm256_inserti128_si256::<1>(
-            _mm256_castsi128_si256(_mm_loadu_si128(low)),
-            _mm_loadu_si128(high)
-        ))
-    };
-    let (a, b, c, d) = (pair(0), pair(1), pair(2), pair(3));
+    let (a, b, c, d) = (
+        two_rows(rows, first, offset_bytes),
+        two_rows(rows, first + 1, offset_bytes),
+        two_rows(rows, first + 2, offset_bytes),
+        two_rows(rows, first + 3, offset_bytes),
+    );
     simd!({
         let (ab, ab_high) = (_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
         let (cd, cd_high) = (_mm256_unpacklo_epi32(c, d), _mm256_unpackhi_epi32(c, d));
@@ -75,76 +120,101 @@ impl Words for WordYmm2 {
             columns8(rows, 0, offset_bytes),
             columns8(rows, 8, offset_bytes),
         );
-        std::array::from_fn(|j| WordYmm2(upper[j], lower[j]))
+        [
+            WordYmm2(upper[0], lower[0]),
+            WordYmm2(upper[1], lower[1]),
+            WordYmm2(upper[2], lower[2]),
+            WordYmm2(upper[3], lower[3]),
+        ]
+    }
+
+    #[inline(always)]
+    fn column<const BYTES: usize>(rows: &Rows<'_, BYTES>, offset_bytes: usize) -> Self {
+        WordYmm2(
+            eight_words(rows, 0, offset_bytes),
+            eight_words(rows, 8, offset_bytes),
+        )
+    }
+
+    #[inline(always)]
+    fn prefetch(bytes: &[u8], offset_bytes: usize, n_bytes: usize) {
+        super::rows::prefetch(bytes, offset_bytes, n_bytes);
     }
 
     #[inline(always)]
     fn f16_column<const BYTES: usize>(rows: &Rows<'_, BYTES>, offset_bytes: usize) -> Ymm2 {
-        let half = |r| i16::from_le_bytes(rows.bytes(r, offset_bytes));
-        let eight = |r| {
-            simd!(_mm256_cvtph_ps(_mm_setr_epi16(
-                half(r),
-                half(r + 1),
-                half(r + 2),
-                half(r + 3),
-                half(r + 4),
-                half(r + 5),
-                half(r + 6),
-                half(r + 7)
-            )))
-        };
-        Ymm2(eight(0), eight(8))
+        simd!(Ymm2(
+            _mm256_cvtph_ps(eight_halves(rows, 0, offset_bytes)),
+            _mm256_cvtph_ps(eight_halves(rows, 8, offset_bytes))
+        ))
     }
 
     #[inline(always)]
     fn and(self, b: Self) -> Self {
-        self.zip(b, |a, b| simd!(_mm256_and_si256(a, b)))
+        simd!(WordYmm2(
+            _mm256_and_si256(self.0, b.0),
+            _mm256_and_si256(self.1, b.1)
+        ))
     }
 
     #[inline(always)]
     fn or(self, b: Self) -> Self {
-        self.zip(b, |a, b| simd!(_mm256_or_si256(a, b)))
+        simd!(WordYmm2(
+            _mm256_or_si256(self.0, b.0),
+            _mm256_or_si256(self.1, b.1)
+        ))
     }
 
     #[inline(always)]
     fn shl<const N: u32>(self) -> Self {
-        let n = simd!(_mm_cvtsi32_si128(N as i32));
-        self.zip(self, |a, _| simd!(_mm256_sll_epi32(a, n)))
+        simd!({
+            let n = _mm_cvtsi32_si128(N as i32);
+            WordYmm2(_mm256_sll_epi32(self.0, n), _mm256_sll_epi32(self.1, n))
+        })
     }
 
     #[inline(always)]
     fn shr<const N: u32>(self) -> Self {
-        let n = simd!(_mm_cvtsi32_si128(N as i32));
-        self.zip(self, |a, _| simd!(_mm256_srl_epi32(a, n)))
+        simd!({
+            let n = _mm_cvtsi32_si128(N as i32);
+            WordYmm2(_mm256_srl_epi32(self.0, n), _mm256_srl_epi32(self.1, n))
+        })
     }
 
     #[inline(always)]
     fn sar<const N: u32>(self) -> Self {
-        let n = simd!(_mm_cvtsi32_si128(N as i32));
-        self.zip(self, |a, _| simd!(_mm256_sra_epi32(a, n)))
+        simd!({
+            let n = _mm_cvtsi32_si128(N as i32);
+            WordYmm2(_mm256_sra_epi32(self.0, n), _mm256_sra_epi32(self.1, n))
+        })
     }
 
     #[inline(always)]
     fn add(self, b: Self) -> Self {
-        self.zip(b, |a, b| simd!(_mm256_add_epi32(a, b)))
+        simd!(WordYmm2(
+            _mm256_add_epi32(self.0, b.0),
+            _mm256_add_epi32(self.1, b.1)
+        ))
     }
 
     #[inline(always)]
     fn mul(self, b: Self) -> Self {
-        self.zip(b, |a, b| simd!(_mm256_mullo_epi32(a, b)))
+        simd!(WordYmm2(
+            _mm256_mullo_epi32(self.0, b.0),
+            _mm256_mullo_epi32(self.1, b.1)
+        ))
     }
 
     #[inline(always)]
     fn dot_u7(self, w: Self, x: i32) -> Self {
         // Pairs reach 2 * 127 * 127 = 32258 and cannot saturate.
-        let x = simd!(_mm256_set1_epi32(x));
-        let four = |w| {
-            simd!(_mm256_madd_epi16(
-                _mm256_maddubs_epi16(w, x),
-                _mm256_set1_epi16(1)
+        simd!({
+            let (x, one) = (_mm256_set1_epi32(x), _mm256_set1_epi16(1));
+            self.add(WordYmm2(
+                _mm256_madd_epi16(_mm256_maddubs_epi16(w.0, x), one),
+                _mm256_madd_epi16(_mm256_maddubs_epi16(w.1, x), one),
             ))
-        };
-        self.add(WordYmm2(four(w.0), four(w.1)))
+        })
     }
 
     #[inline(always)]
@@ -155,21 +225,26 @@ impl Words for WordYmm2 {
     #[inline(always)]
     fn dot_i8(self, w: Self, x: i32) -> Self {
         // The sign moves to x. Pairs reach 2 * 128 * 127 = 32512 and cannot saturate.
-        let x = simd!(_mm256_set1_epi32(x));
-        let four = |w| {
-            simd!(_mm256_madd_epi16(
-                _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w)),
-                _mm256_set1_epi16(1)
+        simd!({
+            let (x, one) = (_mm256_set1_epi32(x), _mm256_set1_epi16(1));
+            let low = _mm256_maddubs_epi16(_mm256_abs_epi8(w.0), _mm256_sign_epi8(x, w.0));
+            let high = _mm256_maddubs_epi16(_mm256_abs_epi8(w.1), _mm256_sign_epi8(x, w.1));
+            self.add(WordYmm2(
+                _mm256_madd_epi16(low, one),
+                _mm256_madd_epi16(high, one),
             ))
-        };
-        self.add(WordYmm2(four(w.0), four(w.1)))
+        })
     }
 
     #[inline(always)]
     fn dot_pairs(self, w: Self, x: i32) -> Self {
-        let x = simd!(_mm256_set1_epi32(x));
-        let two = |w| simd!(_mm256_madd_epi16(w, x));
-        self.add(WordYmm2(two(w.0), two(w.1)))
+        simd!({
+            let x = _mm256_set1_epi32(x);
+            self.add(WordYmm2(
+                _mm256_madd_epi16(w.0, x),
+                _mm256_madd_epi16(w.1, x),
+            ))
+        })
     }
 
     #[inline(always)]

@@ -180,16 +180,17 @@ impl Lanes for Zmm {
     }
 
     #[inline(always)]
-    fn sum4(x: [Self; 4]) -> [f32; 4] {
+    fn sum4([a, b, c, d]: [Self; 4]) -> [f32; 4] {
         simd!({
-            let halves = |a, b| {
-                // Lower half: the eight of a; upper half: the eight of b.
-                _mm512_add_ps(
-                    _mm512_shuffle_f32x4::<0b01_00_01_00>(a, b),
-                    _mm512_shuffle_f32x4::<0b11_10_11_10>(a, b),
-                )
-            };
-            let (ab, cd) = (halves(x[0].0, x[1].0), halves(x[2].0, x[3].0));
+            // Lower half: the eight of the first; upper half: the eight of the second.
+            let ab = _mm512_add_ps(
+                _mm512_shuffle_f32x4::<0b01_00_01_00>(a.0, b.0),
+                _mm512_shuffle_f32x4::<0b11_10_11_10>(a.0, b.0),
+            );
+            let cd = _mm512_add_ps(
+                _mm512_shuffle_f32x4::<0b01_00_01_00>(c.0, d.0),
+                _mm512_shuffle_f32x4::<0b11_10_11_10>(c.0, d.0),
+            );
             // Each quarter: the four of one of them.
             let four = _mm512_add_ps(
                 _mm512_shuffle_f32x4::<0b10_00_10_00>(ab, cd),

@@ -3,6 +3,7 @@
 use std::arch::x86_64::*;
 
 use super::Rows;
+use super::avx2_words::eight_halves;
 use super::avx512::Zmm;
 use crate::words::Words;
 
@@ -20,6 +21,53 @@ macro_rules! simd {
     };
 }
 
+// These are functions and no closures, because a closure cannot be told to be inlined.
+
+/// 16 bytes of each of the rows `row`, 4 + `row`, 8 + `row` and 12 + `row`. By halves: an insertion from memory into half a
+/// register costs half a load.
+#[inline(always)]
+fn four_rows<const BYTES: usize>(
+    rows: &Rows<'_, BYTES>,
+    row: usize,
+    offset_bytes: usize,
+) -> __m512i {
+    simd!(_mm512_inserti64x4::<1>(
+        _mm512_castsi256_si512(two_rows(rows, row, offset_bytes)),
+        two_rows(rows, 8 + row, offset_bytes)
+    ))
+}
+
+#[inline(always)]
+fn two_rows<const BYTES: usize>(
+    rows: &Rows<'_, BYTES>,
+    row: usize,
+    offset_bytes: usize,
+) -> __m256i {
+    let (low, high) = (
+        rows.at::<16>(row, offset_bytes).cast(),
+        rows.at::<16>(4 + row, offset_bytes).cast(),
+    );
+    simd!(_mm256_inserti128_si256::<1>(
+        _mm256_castsi128_si256(_mm_loadu_si128(low)),
+        _mm_loadu_si128(high)
+    ))
+}
+
+/// The words at `offset_bytes` of four rows from `row` on.
+#[inline(always)]
+fn four_words<const BYTES: usize>(
+    rows: &Rows<'_, BYTES>,
+    row: usize,
+    offset_bytes: usize,
+) -> __m128i {
+    simd!(_mm_setr_epi32(
+        i32::from_le_bytes(rows.bytes(row, offset_bytes)),
+        i32::from_le_bytes(rows.bytes(row + 1, offset_bytes)),
+        i32::from_le_bytes(rows.bytes(row + 2, offset_bytes)),
+        i32::from_le_bytes(rows.bytes(row + 3, offset_bytes))
+    ))
+}
+
 impl<const VNNI: bool> Words for WordZmm<VNNI> {
     type Lanes = Zmm;
 
@@ -35,16 +83,12 @@ impl<const VNNI: bool> Words for WordZmm<VNNI> {
     fn columns<const BYTES: usize>(rows: &Rows<'_, BYTES>, offset_bytes: usize) -> [Self; 4] {
         // Register i holds the rows i, 4 + i, 8 + i and 12 + i in its quarters; a 4 x 4 transposition within the
         // quarters then puts the rows in order.
-        let four = |i: usize| {
-            let row = |r| simd!(_mm_loadu_si128(rows.at::<16>(r, offset_bytes).cast()));
-            simd!({
-                let x = _mm512_castsi128_si512(row(i));
-                let x = _mm512_inserti32x4::<1>(x, row(4 + i));
-                let x = _mm512_inserti32x4::<2>(x, row(8 + i));
-                _mm512_inserti32x4::<3>(x, row(12 + i))
-            })
-        };
-        let (a, b, c, d) = (four(0), four(1), four(2), four(3));
+        let (a, b, c, d) = (
+            four_rows(rows, 0, offset_bytes),
+            four_rows(rows, 1, offset_bytes),
+            four_rows(rows, 2, offset_bytes),
+            four_rows(rows, 3, offset_bytes),
+        );
         simd!({
             let (ab, ab_high) = (_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
             let (cd, cd_high) = (_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
@@ -58,21 +102,26 @@ impl<const VNNI: bool> Words for WordZmm<VNNI> {
     }
 
     #[inline(always)]
+    fn column<const BYTES: usize>(rows: &Rows<'_, BYTES>, offset_bytes: usize) -> Self {
+        WordZmm(simd!({
+            let x = _mm512_castsi128_si512(four_words(rows, 0, offset_bytes));
+            let x = _mm512_inserti32x4::<1>(x, four_words(rows, 4, offset_bytes));
+            let x = _mm512_inserti32x4::<2>(x, four_words(rows, 8, offset_bytes));
+            _mm512_inserti32x4::<3>(x, four_words(rows, 12, offset_bytes))
+        }))
+    }
+
+    #[inline(always)]
+    fn prefetch(bytes: &[u8], offset_bytes: usize, n_bytes: usize) {
+        super::rows::prefetch(bytes, offset_bytes, n_bytes);
+    }
+
+    #[inline(always)]
     fn f16_column<const BYTES: usize>(rows: &Rows<'_, BYTES>, offset_bytes: usize) -> Zmm {
-        let half = |r| i16::from_le_bytes(rows.bytes(r, offset_bytes));
-        let eight = |r| {
-            simd!(_mm_setr_epi16(
-                half(r),
-                half(r + 1),
-                half(r + 2),
-                half(r + 3),
-                half(r + 4),
-                half(r + 5),
-                half(r + 6),
-                half(r + 7)
-            ))
-        };
-        Zmm(simd!(_mm512_cvtph_ps(_mm256_set_m128i(eight(8), eight(0)))))
+        Zmm(simd!(_mm512_cvtph_ps(_mm256_set_m128i(
+            eight_halves(rows, 8, offset_bytes),
+            eight_halves(rows, 0, offset_bytes)
+        ))))
     }
 
     #[inline(always)]

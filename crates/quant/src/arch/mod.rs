@@ -17,4 +17,4 @@ pub(crate) mod avx512;
 #[cfg(target_arch = "x86_64")]
 mod avx512_words;
 
-pub(crate) use rows::Rows;
+pub(crate) use rows::{CACHE_LINE, Rows};

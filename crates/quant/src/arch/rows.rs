@@ -9,7 +9,8 @@ use crate::lanes::N_LANES;
 /// One block of `BYTES` bytes in each of sixteen rows that lie `stride_bytes` apart.
 #[derive(Clone, Copy)]
 pub(crate) struct Rows<'a, const BYTES: usize> {
-    first: *const u8,
+    /// The rows 0, 4, 8 and 12.
+    fourths: [*const u8; 4],
     stride_bytes: usize,
     bytes: PhantomData<&'a [u8]>,
 }
@@ -27,8 +28,14 @@ impl<'a, const BYTES: usize> Rows<'a, BYTES> {
             .and_then(|left| left.checked_sub(BYTES))
             .is_some_and(|left| left / (N_LANES - 1) >= stride_bytes);
         assert!(fits, "sixteen rows of blocks end beyond the weights");
+        let first = bytes.as_ptr().wrapping_add(offset_bytes);
         Rows {
-            first: bytes[offset_bytes..].as_ptr(),
+            fourths: [
+                first,
+                opaque(first.wrapping_add(4 * stride_bytes)),
+                opaque(first.wrapping_add(8 * stride_bytes)),
+                opaque(first.wrapping_add(12 * stride_bytes)),
+            ],
             stride_bytes,
             bytes: PhantomData,
         }
@@ -38,8 +45,8 @@ impl<'a, const BYTES: usize> Rows<'a, BYTES> {
     #[inline(always)]
     pub(super) fn at<const N: usize>(&self, row: usize, offset_bytes: usize) -> *const u8 {
         assert!(row < N_LANES && offset_bytes + N <= BYTES);
-        // SAFETY: `new` found BYTES bytes at each of the sixteen rows, and the place is within them.
-        unsafe { self.first.add(row * self.stride_bytes + offset_bytes) }
+        // `new` found BYTES bytes at each of the sixteen rows, and the place is within them.
+        self.fourths[row / 4].wrapping_add(row % 4 * self.stride_bytes + offset_bytes)
     }
 
     /// The `N` bytes at `offset_bytes` of row `row`.
@@ -49,3 +56,44 @@ impl<'a, const BYTES: usize> Rows<'a, BYTES> {
         unsafe { self.at::<N>(row, offset_bytes).cast::<[u8; N]>().read() }
     }
 }
+
+/// `place`, of which the compiler does not know how it was found. With four places in registers and up to three strides
+/// beside each, every row has an address that the CPU adds up by itself; seeing through, the compiler would keep sixteen
+/// places in memory and load each before its use.
+#[inline(always)]
+#[cfg_attr(
+    target_arch = "x86_64",
+    expect(
+        clippy::pointers_in_nomem_asm_block,
+        reason = "nothing is read at the place"
+    )
+)]
+fn opaque(place: *const u8) -> *const u8 {
+    #[cfg(target_arch = "x86_64")]
+    {
+        let mut place = place;
+        // SAFETY: no instruction is run, the register keeps its value.
+        unsafe {
+            std::arch::asm!("/* {0} */", inout(reg) place, options(pure, nomem, nostack, preserves_flags));
+        }
+        place
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    place
+}
+
+/// Asks for `n_bytes` from `offset_bytes` on, into the second cache; beyond the end it does no harm.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+pub(super) fn prefetch(bytes: &[u8], offset_bytes: usize, n_bytes: usize) {
+    use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+    let first = bytes.as_ptr().wrapping_add(offset_bytes);
+    for line in 0..n_bytes.div_ceil(CACHE_LINE) {
+        let place = first.wrapping_add(line * CACHE_LINE);
+        // SAFETY: a prefetch reads nothing: any place is allowed.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(place.cast()) };
+    }
+}
+
+/// Bytes that a CPU fetches at once.
+pub(crate) const CACHE_LINE: usize = 64;

@@ -41,6 +41,15 @@ impl Words for WordArray {
     }
 
     #[inline(always)]
+    fn column<const BYTES: usize>(rows: &Rows<'_, BYTES>, offset_bytes: usize) -> Self {
+        let word = |r| i32::from_le_bytes(rows.bytes(r, offset_bytes));
+        WordArray(std::array::from_fn(word))
+    }
+
+    #[inline(always)]
+    fn prefetch(_bytes: &[u8], _offset_bytes: usize, _n_bytes: usize) {}
+
+    #[inline(always)]
     fn f16_column<const BYTES: usize>(rows: &Rows<'_, BYTES>, offset_bytes: usize) -> Array {
         let half = |r| f16::from_le_bytes(rows.bytes(r, offset_bytes)).to_f32();
         Array(std::array::from_fn(half))

@@ -7,6 +7,7 @@
 use super::Matrix;
 use super::activations::ActivationRows;
 use crate::lanes::{Lanes, N_LANES};
+use crate::words::Words;
 
 /// Floats as they are stored.
 pub(super) trait Floats {
@@ -24,8 +25,11 @@ impl Floats for F32 {
 
     #[inline(always)]
     fn load<L: Lanes>(bytes: &[u8]) -> L {
-        let words = bytes.as_chunks().0;
-        L::load(&std::array::from_fn(|i| f32::from_le_bytes(words[i])))
+        let mut values = [0.0; N_LANES];
+        for (value, bytes) in values.iter_mut().zip(bytes.as_chunks().0) {
+            *value = f32::from_le_bytes(*bytes);
+        }
+        L::load(&values)
     }
 }
 
@@ -34,8 +38,7 @@ impl Floats for F16 {
 
     #[inline(always)]
     fn load<L: Lanes>(bytes: &[u8]) -> L {
-        let halves = bytes.as_chunks().0;
-        L::from_f16(&std::array::from_fn(|i| u16::from_le_bytes(halves[i])))
+        L::from_f16(&halves(bytes))
     }
 }
 
@@ -44,9 +47,17 @@ impl Floats for BF16 {
 
     #[inline(always)]
     fn load<L: Lanes>(bytes: &[u8]) -> L {
-        let halves = bytes.as_chunks().0;
-        L::from_bf16(&std::array::from_fn(|i| u16::from_le_bytes(halves[i])))
+        L::from_bf16(&halves(bytes))
     }
+}
+
+#[inline(always)]
+fn halves(bytes: &[u8]) -> [u16; N_LANES] {
+    let mut halves = [0; N_LANES];
+    for (half, bytes) in halves.iter_mut().zip(bytes.as_chunks().0) {
+        *half = u16::from_le_bytes(*bytes);
+    }
+    halves
 }
 
 /// Rows of weights, and rows of activations, that are multiplied at once.
@@ -55,7 +66,7 @@ pub(super) const N_SIDE: usize = 4;
 /// The products of the rows `first_row..` of `w` and the activation rows `first..`, four of each; `[i][j]` is that of
 /// activation row `first + i` and weight row `first_row + j`. Where there are fewer, the last one stands for the rest.
 #[inline(always)]
-pub(super) fn multiply_4x4<F: Floats, L: Lanes>(
+pub(super) fn multiply_4x4<F: Floats, W: Words>(
     w: &Matrix<'_>,
     first_row: usize,
     x: &ActivationRows<'_>,
@@ -63,38 +74,52 @@ pub(super) fn multiply_4x4<F: Floats, L: Lanes>(
 ) -> [[f32; N_SIDE]; N_SIDE] {
     let n = (x.n_rows() - first).min(N_SIDE);
     match n {
-        1 => widen(multiply_rows::<F, L, 1>(w, first_row, x, first)),
-        2 => widen(multiply_rows::<F, L, 2>(w, first_row, x, first)),
-        _ => multiply_rows::<F, L, N_SIDE>(w, first_row, x, first),
+        1 => widen(multiply_rows::<F, W, 1>(w, first_row, x, first)),
+        2 => widen(multiply_rows::<F, W, 2>(w, first_row, x, first)),
+        _ => multiply_rows::<F, W, N_SIDE>(w, first_row, x, first),
     }
 }
 
 #[inline(always)]
 fn widen<const N: usize>(sums: [[f32; N_SIDE]; N]) -> [[f32; N_SIDE]; N_SIDE] {
-    std::array::from_fn(|i| sums[i.min(N - 1)])
+    let mut wide = [[0.0; N_SIDE]; N_SIDE];
+    wide[..N].copy_from_slice(&sums);
+    wide
 }
 
 #[inline(always)]
-fn multiply_rows<F: Floats, L: Lanes, const N: usize>(
+fn multiply_rows<F: Floats, W: Words, const N: usize>(
     w: &Matrix<'_>,
     first_row: usize,
     x: &ActivationRows<'_>,
     first: usize,
 ) -> [[f32; N_SIDE]; N] {
     let row_bytes = w.n_cols * F::BYTES;
-    let weights: [&[u8]; N_SIDE] = std::array::from_fn(|j| {
-        &w.bytes[(first_row + j).min(w.n_rows - 1) * row_bytes..][..row_bytes]
-    });
-    let x: [&[[f32; N_LANES]]; N] =
-        std::array::from_fn(|i| x.values((first + i).min(x.n_rows() - 1)));
-    let zero = L::splat(0.0);
+    let mut weights: [&[u8]; N_SIDE] = [&[]; N_SIDE];
+    for (j, weights) in weights.iter_mut().enumerate() {
+        let row = (first_row + j).min(w.n_rows - 1);
+        *weights = &w.bytes[row * row_bytes..][..row_bytes];
+    }
+    let mut values: [&[[f32; N_LANES]]; N] = [&[]; N];
+    for (i, values) in values.iter_mut().enumerate() {
+        *values = x.values((first + i).min(x.n_rows() - 1));
+    }
+    let zero = W::Lanes::splat(0.0);
     let mut sums = [[zero; N_SIDE]; N];
     let n_whole = w.n_cols / N_LANES;
+    let (ahead, step_bytes) = (
+        (first_row + N_SIDE) * row_bytes,
+        N_SIDE * N_LANES * F::BYTES,
+    );
     for k in 0..n_whole {
-        let bytes = k * N_LANES * F::BYTES..(k + 1) * N_LANES * F::BYTES;
-        let loaded: [L; N_SIDE] = std::array::from_fn(|j| F::load(&weights[j][bytes.clone()]));
+        // The rows that come next, in the order of memory.
+        W::prefetch(w.bytes, ahead + k * step_bytes, step_bytes);
+        let mut loaded = [zero; N_SIDE];
+        for j in 0..N_SIDE {
+            loaded[j] = F::load(&weights[j][k * N_LANES * F::BYTES..][..N_LANES * F::BYTES]);
+        }
         for i in 0..N {
-            let x = L::load(&x[i][k]);
+            let x = W::Lanes::load(&values[i][k]);
             for j in 0..N_SIDE {
                 sums[i][j] = loaded[j].mul_add(x, sums[i][j]);
             }
@@ -102,13 +127,18 @@ fn multiply_rows<F: Floats, L: Lanes, const N: usize>(
     }
     if !w.n_cols.is_multiple_of(N_LANES) {
         for j in 0..N_SIDE {
-            let tail: L = load_tail::<F, L>(&weights[j][n_whole * N_LANES * F::BYTES..]);
+            let tail: W::Lanes =
+                load_tail::<F, W::Lanes>(&weights[j][n_whole * N_LANES * F::BYTES..]);
             for i in 0..N {
-                sums[i][j] = tail.mul_add(L::load(&x[i][n_whole]), sums[i][j]);
+                sums[i][j] = tail.mul_add(W::Lanes::load(&values[i][n_whole]), sums[i][j]);
             }
         }
     }
-    std::array::from_fn(|i| L::sum4(sums[i]))
+    let mut totals = [[0.0; N_SIDE]; N];
+    for i in 0..N {
+        totals[i] = W::Lanes::sum4(sums[i]);
+    }
+    totals
 }
 
 /// Fewer than sixteen floats, and zeros.
@@ -127,7 +157,10 @@ pub(super) fn accumulate<F: Floats, L: Lanes>(rows: &Matrix<'_>, weights: &[f32]
     let mut at = 0;
     while at + n_at_once <= out.len() {
         let (target, _) = out[at..].as_chunks_mut::<N_LANES>();
-        let mut sums: [L; 4] = std::array::from_fn(|i| L::load(&target[i]));
+        let mut sums = [L::splat(0.0); 4];
+        for i in 0..4 {
+            sums[i] = L::load(&target[i]);
+        }
         for (&weight, row) in weights.iter().zip(rows.bytes.chunks_exact(row_bytes)) {
             let row = &row[at * F::BYTES..][..n_at_once * F::BYTES];
             let weight = L::splat(weight);

@@ -1,6 +1,6 @@
 //! A panel of sixteen rows of weights times N rows of activations: the arithmetic of the integer products.
 //!
-//! Invariant: this is the one definition of what a product of blocks is, and each lane of it depends on one row of
+//! Invariant: this is the definition of what a product of blocks is, and each lane of it depends on one row of
 //! weights and one row of activations. Integer sums are exact, so their order is free; the f32 steps for a block are, with
 //! `d`, `m` the weights' f16 scales and `scale` that of the activations, in this order, each rounded once:
 //!
@@ -19,6 +19,7 @@
 
 use super::activations::{Block32, Block256};
 use super::panel::Panel;
+use super::tile::pick;
 use crate::lanes::Lanes;
 use crate::words::Words;
 
@@ -39,19 +40,18 @@ pub(super) fn multiply_k_min<W: Words, const N: usize>(
             }
         }
         for r in 0..N {
-            total[r] = total[r].add(sum[r].mul(panel.scales[g]));
+            total[r] = total[r].add(sum[r].mul(panel.group_scales[g]));
         }
     }
     let mut below = [W::splat(0); N];
     for i in 0..4 {
         for r in 0..N {
-            below[r] = below[r].dot_pairs(panel.mins[i], x[r].sums32[i]);
+            below[r] = below[r].dot_pairs(panel.group_mins[i], x[r].sums32[i]);
         }
     }
     for r in 0..N {
-        let scale = W::Lanes::splat(x[r].scale);
-        let sum = total[r].to_f32().mul_add(panel.d[0] * scale, acc[r]);
-        acc[r] = below[r].to_f32().neg_mul_add(panel.m[0] * scale, sum);
+        let m = Some((panel.m[0], below[r]));
+        acc[r] = end_k(panel.d[0], total[r], m, x[r].scale, acc[r]);
     }
 }
 
@@ -75,12 +75,11 @@ pub(super) fn multiply_k_signed<W: Words, const N: usize>(
             }
         }
         for r in 0..N {
-            total[r] = total[r].add(sum[r].mul(panel.scales[g]));
+            total[r] = total[r].add(sum[r].mul(panel.group_scales[g]));
         }
     }
     for r in 0..N {
-        let scale = panel.d[0] * W::Lanes::splat(x[r].scale);
-        acc[r] = total[r].to_f32().mul_add(scale, acc[r]);
+        acc[r] = end_k(panel.d[0], total[r], None, x[r].scale, acc[r]);
     }
 }
 
@@ -116,15 +115,10 @@ pub(super) fn multiply_32<W: Words, const N: usize>(
         .zip(&panel.d)
         .zip(&panel.m);
     for (i, ((bytes, &d), &m)) in blocks.take(n_blocks).enumerate() {
-        let x: [&Block32; N] = std::array::from_fn(|r| &x[i * x_stride + rows[r]]);
+        let x = pick(&x[i * x_stride..], rows);
         let mut sum = [W::splat(0); N];
         for r in 0..N {
-            sum[r] = W::splat(match kind {
-                Kind::Plus8 => x[r].minus_sums[0],
-                Kind::Plus16 => x[r].minus_sums[1],
-                Kind::Signed if W::I8_OFFSET == 128 => x[r].minus_sums[2],
-                Kind::Signed | Kind::Minimum => 0,
-            });
+            sum[r] = begin_32(kind, x[r]);
         }
         for j in 0..8 {
             for r in 0..N {
@@ -135,11 +129,53 @@ pub(super) fn multiply_32<W: Words, const N: usize>(
             }
         }
         for r in 0..N {
-            let scale = W::Lanes::splat(x[r].scale);
-            acc[r] = sum[r].to_f32().mul_add(d * scale, acc[r]);
-            if kind == Kind::Minimum {
-                acc[r] = W::Lanes::splat(x[r].sum as f32).mul_add(m * scale, acc[r]);
-            }
+            acc[r] = end_32(kind, d, m, sum[r], x[r], acc[r]);
         }
+    }
+}
+
+/// The sum with which a block of 32 begins, so that the offset of its integers is gone in the end.
+#[inline(always)]
+pub(super) fn begin_32<W: Words>(kind: Kind, x: &Block32) -> W {
+    W::splat(match kind {
+        Kind::Plus8 => x.minus_sums[0],
+        Kind::Plus16 => x.minus_sums[1],
+        Kind::Signed if W::I8_OFFSET == 128 => x.minus_sums[2],
+        Kind::Signed | Kind::Minimum => 0,
+    })
+}
+
+/// The f32 steps of a block of 32.
+#[inline(always)]
+pub(super) fn end_32<W: Words>(
+    kind: Kind,
+    d: W::Lanes,
+    m: W::Lanes,
+    sum: W,
+    x: &Block32,
+    acc: W::Lanes,
+) -> W::Lanes {
+    let scale = W::Lanes::splat(x.scale);
+    let acc = sum.to_f32().mul_add(d * scale, acc);
+    match kind {
+        Kind::Minimum => W::Lanes::splat(x.sum as f32).mul_add(m * scale, acc),
+        _ => acc,
+    }
+}
+
+/// The f32 steps of a K block; `m` is the scale of the minima and their sum.
+#[inline(always)]
+pub(super) fn end_k<W: Words>(
+    d: W::Lanes,
+    total: W,
+    m: Option<(W::Lanes, W)>,
+    scale: f32,
+    acc: W::Lanes,
+) -> W::Lanes {
+    let scale = W::Lanes::splat(scale);
+    let acc = total.to_f32().mul_add(d * scale, acc);
+    match m {
+        None => acc,
+        Some((m, below)) => below.to_f32().neg_mul_add(m * scale, acc),
     }
 }

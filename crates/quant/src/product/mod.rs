@@ -10,9 +10,11 @@
 mod activations;
 mod columns;
 mod dense;
+mod direct;
 mod kernel;
 mod panel;
 mod tile;
+mod unpack;
 
 use std::ops::Range;
 
@@ -26,7 +28,7 @@ use crate::lanes::{Lanes, N_LANES};
 use crate::words::{Words, Work};
 use dense::{BF16, F16, F32, Floats, N_SIDE};
 use panel::Panel;
-use tile::{Format, N_ROWS, Sums, multiply_tile};
+use tile::{Format, N_ROWS, NO_COPY, Sums, multiply_tile};
 
 /// A matrix of weights: `n_rows` rows of `n_cols` values, row-major, each row whole blocks. Needs no alignment.
 #[derive(Clone, Copy, Debug)]
@@ -246,11 +248,20 @@ impl<F: Format> Work for TiledProduct<'_, '_, F> {
             mut out,
         } = self.0;
         let mut panel = Panel::<W>::new();
+        let mut copy = NO_COPY;
         let mut sums: Sums<W> = [W::Lanes::splat(0.0); N_ROWS];
         for first in (0..x.n_rows()).step_by(N_ROWS) {
             let n = (x.n_rows() - first).min(N_ROWS);
             for tile in rows.clone().step_by(N_LANES) {
-                multiply_tile::<F, W>(w, tile, &x, first, n, &mut panel, &mut sums);
+                multiply_tile::<F, W>(
+                    w,
+                    tile,
+                    &x,
+                    first..first + n,
+                    &mut panel,
+                    &mut copy,
+                    &mut sums,
+                );
                 let (column, n_here) = (tile - rows.start, (rows.end - tile).min(N_LANES));
                 for (i, sums) in sums[..n].iter().enumerate() {
                     let target = &mut out.row_mut(first + i)[column..][..n_here];
@@ -276,7 +287,7 @@ impl<F: Floats> Work for DenseProduct<'_, '_, F> {
         for row in rows.clone().step_by(N_SIDE) {
             let (column, n_here) = (row - rows.start, (rows.end - row).min(N_SIDE));
             for first in (0..x.n_rows()).step_by(N_SIDE) {
-                let sums = dense::multiply_4x4::<F, W::Lanes>(w, row, &x, first);
+                let sums = dense::multiply_4x4::<F, W>(w, row, &x, first);
                 let n = (x.n_rows() - first).min(N_SIDE);
                 for (i, sums) in sums[..n].iter().enumerate() {
                     let target = &mut out.row_mut(first + i)[column..][..n_here];
