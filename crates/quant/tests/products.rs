@@ -363,6 +363,26 @@ proptest! {
     }
 }
 
+/// So many rows that they are taken in several goes.
+#[test]
+fn many_rows_are_divided_without_a_trace() {
+    for block_type in BlockType::ALL {
+        let (n_cols, n) = match block_type.block_len() {
+            1 => (8200, 45),
+            _ => (512, 150),
+        };
+        let w = encoded(block_type, 21, n_cols, 8);
+        let x = activations(9, n * n_cols);
+        for isa in isas() {
+            let all = products(isa, &w, 0..21, &x);
+            for i in [0, 7, 15, 16, 31, 44, n / 2, n - 1] {
+                let one = products(isa, &w, 0..21, &x[i * n_cols..][..n_cols]);
+                assert_eq!(all[i * 21..][..21], one, "{isa:?} {block_type} row {i}");
+            }
+        }
+    }
+}
+
 /// The error of a product is at most that of rounding each activation to its 8 bits.
 #[test]
 fn products_are_as_exact_as_their_activations() {

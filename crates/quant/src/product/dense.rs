@@ -63,6 +63,9 @@ fn halves(bytes: &[u8]) -> [u16; N_LANES] {
 /// Rows of weights, and rows of activations, that are multiplied at once.
 pub(super) const N_SIDE: usize = 4;
 
+/// A fourth of the activations that are multiplied with all weights before the next ones are looked at.
+pub(super) const CACHED_VALUES: usize = 1 << 15;
+
 /// The products of the rows `first_row..` of `w` and the activation rows `first..`, four of each; `[i][j]` is that of
 /// activation row `first + i` and weight row `first_row + j`. Where there are fewer, the last one stands for the rest.
 #[inline(always)]
@@ -73,6 +76,14 @@ pub(super) fn multiply_4x4<F: Floats, W: Words>(
     first: usize,
 ) -> [[f32; N_SIDE]; N_SIDE] {
     let n = (x.n_rows() - first).min(N_SIDE);
+    if W::N_AT_ONCE < N_SIDE {
+        // Four by four sums would not stay in registers.
+        let mut sums = [[0.0; N_SIDE]; N_SIDE];
+        for (i, sums) in sums[..n].iter_mut().enumerate() {
+            [*sums] = multiply_rows::<F, W, 1>(w, first_row, x, first + i);
+        }
+        return sums;
+    }
     match n {
         1 => widen(multiply_rows::<F, W, 1>(w, first_row, x, first)),
         2 => widen(multiply_rows::<F, W, 2>(w, first_row, x, first)),

@@ -284,19 +284,24 @@ impl<F: Floats> Work for DenseProduct<'_, '_, F> {
             x,
             mut out,
         } = self.0;
-        for row in rows.clone().step_by(N_SIDE) {
-            let (column, n_here) = (row - rows.start, (rows.end - row).min(N_SIDE));
-            for first in (0..x.n_rows()).step_by(N_SIDE) {
-                let sums = dense::multiply_4x4::<F, W>(w, row, &x, first);
-                let n = (x.n_rows() - first).min(N_SIDE);
-                for (i, sums) in sums[..n].iter().enumerate() {
-                    let target = &mut out.row_mut(first + i)[column..][..n_here];
-                    match gate {
-                        None => target.copy_from_slice(&sums[..n_here]),
-                        Some(_) => {
-                            let mut whole = [0.0; N_LANES];
-                            whole[..N_SIDE].copy_from_slice(sums);
-                            write(gate, W::Lanes::load(&whole), target);
+        // Few enough rows of activations that they stay in the second cache while the weights go by.
+        let n_at_once = (dense::CACHED_VALUES / w.n_cols.max(1)).max(1) * N_SIDE;
+        for chunk in (0..x.n_rows()).step_by(n_at_once) {
+            let chunk = chunk..(chunk + n_at_once).min(x.n_rows());
+            for row in rows.clone().step_by(N_SIDE) {
+                let (column, n_here) = (row - rows.start, (rows.end - row).min(N_SIDE));
+                for first in chunk.clone().step_by(N_SIDE) {
+                    let sums = dense::multiply_4x4::<F, W>(w, row, &x, first);
+                    let n = (chunk.end - first).min(N_SIDE);
+                    for (i, sums) in sums[..n].iter().enumerate() {
+                        let target = &mut out.row_mut(first + i)[column..][..n_here];
+                        match gate {
+                            None => target.copy_from_slice(&sums[..n_here]),
+                            Some(_) => {
+                                let mut whole = [0.0; N_LANES];
+                                whole[..N_SIDE].copy_from_slice(sums);
+                                write(gate, W::Lanes::load(&whole), target);
+                            }
                         }
                     }
                 }

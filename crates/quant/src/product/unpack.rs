@@ -4,11 +4,6 @@
 //! group's columns in the order of the row. What a sink does with them is its affair: a panel keeps them for many rows of
 //! activations, `direct.rs` multiplies them at once. Block layouts are drawn in `decode.rs`.
 
-#![expect(
-    clippy::needless_range_loop,
-    reason = "registers are named by their place, often in several arrays"
-)]
-
 use crate::arch::Rows;
 use crate::words::Words;
 
@@ -30,7 +25,7 @@ const LOW_HALVES: i32 = 0x0f0f_0f0f;
 pub(super) fn unpack_q8_0<W: Words>(rows: &Rows<'_, 34>, block: usize, sink: &mut impl Sink<W>) {
     sink.scales(block, W::f16_column(rows, 0), W::splat(0).to_f32());
     let q = eight(W::columns(rows, 2), W::columns(rows, 18));
-    sink.group(block, each(q, |_, q| q.bytes_i8()));
+    sink.group(block, bytes_i8(q));
 }
 
 #[inline(always)]
@@ -61,7 +56,7 @@ pub(super) fn unpack_q5_0<W: Words>(rows: &Rows<'_, 22>, block: usize, sink: &mu
         fifth_bits(h.shr::<24>()),
         fifth_bits(h.shr::<28>()),
     ];
-    sink.group(block, each(q, |j, q| q.or(fifth[j])));
+    sink.group(block, or(q, fifth));
 }
 
 #[inline(always)]
@@ -76,27 +71,24 @@ pub(super) fn unpack_q4_k<W: Words>(rows: &Rows<'_, 144>, sink: &mut impl Sink<W
 
 #[inline(always)]
 fn unpack_q4_k_pair<W: Words>(rows: &Rows<'_, 144>, pair: usize, sink: &mut impl Sink<W>) {
-    let low = W::splat(LOW_HALVES);
     let at = 16 + 32 * pair;
     let q = eight(W::columns(rows, at), W::columns(rows, at + 16));
-    sink.group(2 * pair, each(q, |_, q| q.and(low)));
-    sink.group(2 * pair + 1, each(q, |_, q| q.shr::<4>().and(low)));
+    sink.group(2 * pair, low_halves(q));
+    sink.group(2 * pair + 1, high_halves(q));
 }
 
 #[inline(always)]
 pub(super) fn unpack_q5_k<W: Words>(rows: &Rows<'_, 176>, sink: &mut impl Sink<W>) {
     unpack_k_head(W::columns(rows, 0), sink);
-    let (low, bit) = (W::splat(LOW_HALVES), W::splat(0x1010_1010));
+    let bit = W::splat(0x1010_1010);
     let mut h = eight(W::columns(rows, 16), W::columns(rows, 32));
     for pair in 0..4 {
         let at = 48 + 32 * pair;
         let q = eight(W::columns(rows, at), W::columns(rows, at + 16));
         // The bits of this pair are the lowest two of each byte of h.
-        let even = |j: usize, q: W| q.and(low).or(h[j].shl::<4>().and(bit));
-        let odd = |j: usize, q: W| q.shr::<4>().and(low).or(h[j].shl::<3>().and(bit));
-        sink.group(2 * pair, each(q, even));
-        sink.group(2 * pair + 1, each(q, odd));
-        h = each(h, |_, h| h.shr::<2>());
+        sink.group(2 * pair, or(low_halves(q), shl_and::<W, 8, 4>(h, bit)));
+        sink.group(2 * pair + 1, or(high_halves(q), shl_and::<W, 8, 3>(h, bit)));
+        h = shr_and::<W, 8, 2>(h, W::splat(-1));
     }
 }
 
@@ -161,40 +153,71 @@ fn unpack_q6_k_quarter<W: Words>(
     part: usize,
     sink: &mut impl Sink<W>,
 ) {
-    let (low, bits) = (W::splat(LOW_HALVES), W::splat(0x3030_3030));
-    let q = [
-        W::columns(rows, 64 * half + 16 * part),
-        W::columns(rows, 64 * half + 32 + 16 * part),
-    ];
+    let bits = W::splat(0x3030_3030);
+    let q0 = W::columns(rows, 64 * half + 16 * part);
+    let q1 = W::columns(rows, 64 * half + 32 + 16 * part);
     let h = W::columns(rows, 128 + 32 * half + 16 * part);
     let group = 8 * half + part;
-    let high = |j: usize, q: W| q.and(low).or(h[j].shl::<4>().and(bits));
-    sink.group(group, each(q[0], high));
-    let high = |j: usize, q: W| q.and(low).or(h[j].shl::<2>().and(bits));
-    sink.group(group + 2, each(q[1], high));
-    let high = |j: usize, q: W| q.shr::<4>().and(low).or(h[j].and(bits));
-    sink.group(group + 4, each(q[0], high));
-    let high = |j: usize, q: W| q.shr::<4>().and(low).or(h[j].shr::<2>().and(bits));
-    sink.group(group + 6, each(q[1], high));
+    sink.group(group, or(low_halves(q0), shl_and::<W, 4, 4>(h, bits)));
+    sink.group(group + 2, or(low_halves(q1), shl_and::<W, 4, 2>(h, bits)));
+    sink.group(group + 4, or(high_halves(q0), shr_and::<W, 4, 0>(h, bits)));
+    sink.group(group + 6, or(high_halves(q1), shr_and::<W, 4, 2>(h, bits)));
 }
 
 /// Blocks of 32 with halves of bytes: the low halves are columns 0..16, the high halves 16..32.
 #[inline(always)]
 fn halves<W: Words>(q: [W; 4]) -> [W; 8] {
-    let low = W::splat(LOW_HALVES);
-    eight(
-        each(q, |_, q| q.and(low)),
-        each(q, |_, q| q.shr::<4>().and(low)),
-    )
+    eight(low_halves(q), high_halves(q))
 }
 
-/// Each word of `words` through `f`. An array's own `map` is not always inlined.
+// These are functions and no closures, because a closure cannot be told to be inlined.
+
 #[inline(always)]
-fn each<W: Words, const M: usize>(mut words: [W; M], f: impl Fn(usize, W) -> W) -> [W; M] {
-    for i in 0..M {
-        words[i] = f(i, words[i]);
+fn low_halves<W: Words, const M: usize>(mut q: [W; M]) -> [W; M] {
+    for q in &mut q {
+        *q = q.and(W::splat(LOW_HALVES));
     }
-    words
+    q
+}
+
+#[inline(always)]
+fn high_halves<W: Words, const M: usize>(mut q: [W; M]) -> [W; M] {
+    for q in &mut q {
+        *q = q.shr::<4>().and(W::splat(LOW_HALVES));
+    }
+    q
+}
+
+#[inline(always)]
+fn bytes_i8<W: Words, const M: usize>(mut q: [W; M]) -> [W; M] {
+    for q in &mut q {
+        *q = q.bytes_i8();
+    }
+    q
+}
+
+#[inline(always)]
+fn or<W: Words, const M: usize>(mut a: [W; M], b: [W; M]) -> [W; M] {
+    for j in 0..M {
+        a[j] = a[j].or(b[j]);
+    }
+    a
+}
+
+#[inline(always)]
+fn shl_and<W: Words, const M: usize, const N: u32>(mut h: [W; M], bits: W) -> [W; M] {
+    for h in &mut h {
+        *h = h.shl::<N>().and(bits);
+    }
+    h
+}
+
+#[inline(always)]
+fn shr_and<W: Words, const M: usize, const N: u32>(mut h: [W; M], bits: W) -> [W; M] {
+    for h in &mut h {
+        *h = h.shr::<N>().and(bits);
+    }
+    h
 }
 
 #[inline(always)]
