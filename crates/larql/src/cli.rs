@@ -1,9 +1,11 @@
 //! The command line: names, options and their help, and nothing that acts on them.
 
-use std::num::NonZeroUsize;
+use std::net::SocketAddr;
+use std::num::{NonZeroU32, NonZeroUsize};
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
+use engine::wire::Address;
 use hub::{Reference, RepoId};
 use vindex::{Recipe, Slice, Span};
 
@@ -26,6 +28,8 @@ pub(crate) enum Command {
     Publish(Publish),
     /// Fetch a vindex, or a slice of one, from a repository of the Hub
     Pull(Pull),
+    /// Serve feed-forward weights to nodes, until told to stop
+    Serve(Serve),
     /// Hash everything in a vindex and say which part is damaged
     Verify {
         /// The vindex
@@ -118,6 +122,42 @@ pub(crate) struct Ranges {
     /// Of an expert server, these experts of each layer only
     #[arg(long, value_name = "A..B")]
     pub(crate) experts: Option<Span>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Serve {
+    /// The directory of a vindex, else `owner/name[@revision]` on the Hub; a directory that exists wins
+    #[arg(value_name = "DIR|OWNER/NAME[@REVISION]")]
+    pub(crate) from: String,
+    #[command(flatten)]
+    pub(crate) ranges: Ranges,
+    /// Where nodes find it: HOST:PORT or unix:/path; beyond this machine only with a secret
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:7844")]
+    pub(crate) listen: Address,
+    /// Where /health, /ready and /metrics are; port 0: a free one, which is told
+    #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:0")]
+    pub(crate) http: SocketAddr,
+    /// A file with the secret that nodes must know [default: $SKULK_SECRET, else none]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) secret_file: Option<PathBuf>,
+    /// A file with the token (`Authorization: Bearer`) that /metrics wants
+    #[arg(long, value_name = "FILE")]
+    pub(crate) http_token_file: Option<PathBuf>,
+    /// Threads that compute [default: one for each processor]
+    #[arg(long, value_name = "N")]
+    pub(crate) threads: Option<NonZeroUsize>,
+    /// Nodes that may be connected at a time [default: 256]
+    #[arg(long, value_name = "N")]
+    pub(crate) max_connections: Option<NonZeroUsize>,
+    /// Memory for requests that wait, in MiB; more are refused as busy [default: 256]
+    #[arg(long, value_name = "MIB")]
+    pub(crate) queue: Option<NonZeroU32>,
+    /// How long what was taken may still be answered when told to stop, in seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 20)]
+    pub(crate) drain: u64,
+    /// Where what is pulled is kept [default: skulk, in $XDG_CACHE_HOME or ~/.cache]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) cache: Option<PathBuf>,
 }
 
 /// A vindex that is not sliced is the full one.

@@ -5,10 +5,14 @@
 //! that wait on the runtime, so nothing here runs on its workers.
 
 use std::future::Future;
+use std::io;
+use std::path::{Path, PathBuf};
 
 use hub::{Hub, Settings};
 use terminal::{Failure, INTERRUPTED, Output, tell};
 use tokio::runtime::Runtime;
+#[cfg(unix)]
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// Names the process that this one is a step of, and ends with.
 #[cfg(target_os = "linux")]
@@ -46,6 +50,35 @@ impl Context {
             .map_err(Failure::of("cannot use the Hub"))
     }
 
+    /// What weight servers and nodes must both know, from the environment.
+    pub(crate) fn secret(&self) -> Option<String> {
+        let secret = std::env::var("SKULK_SECRET").ok()?;
+        Some(secret.trim().to_owned()).filter(|secret| !secret.is_empty())
+    }
+
+    /// Where pulled vindexes are kept when the command line does not say.
+    pub(crate) fn cache(&self) -> Result<PathBuf, Failure> {
+        let variable = |name| std::env::var_os(name).filter(|value| !value.is_empty());
+        let caches = variable("XDG_CACHE_HOME").map(PathBuf::from);
+        let caches = caches.or_else(|| Some(Path::new(&variable("HOME")?).join(".cache")));
+        let caches = caches.ok_or_else(|| {
+            Failure::new("it is unknown where to keep what is pulled: neither XDG_CACHE_HOME nor HOME is set")
+                .hint("name a directory with --cache")
+        })?;
+        Ok(caches.join("skulk"))
+    }
+
+    /// Takes interrupts and requests to terminate from here on; none ends the process by itself any longer.
+    pub(crate) fn stop(&self) -> Result<Stop, Failure> {
+        let _in_runtime = self.runtime.enter();
+        Stop::new().map_err(Failure::of("cannot listen for signals"))
+    }
+
+    /// Runs `future` beside whatever the command does.
+    pub(crate) fn spawn(&self, future: impl Future<Output = ()> + Send + 'static) {
+        self.runtime.spawn(future);
+    }
+
     /// From now on, an interrupt ends the process after it has said `state`. Everything on disk is left as a kill
     /// would leave it, which every command can go on from.
     pub(crate) fn on_interrupt(&self, state: &'static str) {
@@ -55,6 +88,43 @@ impl Context {
                 std::process::exit(INTERRUPTED.into());
             }
         });
+    }
+}
+
+/// Hears requests to stop, from the moment that it is made.
+#[derive(Debug)]
+pub(crate) struct Stop {
+    #[cfg(unix)]
+    interrupted: Signal,
+    #[cfg(unix)]
+    terminated: Signal,
+}
+
+impl Stop {
+    #[cfg(unix)]
+    fn new() -> io::Result<Stop> {
+        Ok(Stop {
+            interrupted: signal(SignalKind::interrupt())?,
+            terminated: signal(SignalKind::terminate())?,
+        })
+    }
+
+    #[cfg(not(unix))]
+    fn new() -> io::Result<Stop> {
+        Ok(Stop {})
+    }
+
+    /// Resolves at the next interrupt or request to terminate.
+    pub(crate) async fn told(&mut self) {
+        #[cfg(unix)]
+        tokio::select! {
+            _ = self.interrupted.recv() => {}
+            _ = self.terminated.recv() => {}
+        }
+        #[cfg(not(unix))]
+        if tokio::signal::ctrl_c().await.is_err() {
+            std::future::pending::<()>().await;
+        }
     }
 }
 

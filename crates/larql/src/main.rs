@@ -1,4 +1,4 @@
-//! The weight operator's tool: extract a vindex from a checkpoint, publish it, pull it, verify it, read it.
+//! The weight operator's tool: extract a vindex from a checkpoint, publish it, pull it, serve it, verify it, read it.
 //!
 //! A thin layer: `vindex` makes and checks directories, `hub` reads and commits, and each command here says in one
 //! file what it does with them. `cli` names the arguments, `model` finds a checkpoint.
@@ -8,9 +8,11 @@
 mod cli;
 mod context;
 mod extract;
+mod http;
 mod model;
 mod publish;
 mod pull;
+mod serve;
 mod verify;
 
 use std::process::ExitCode;
@@ -36,6 +38,7 @@ fn run(command: &Command, context: &Context) -> Result<(), Failure> {
         Command::Extract(args) => extract::extract(args, context),
         Command::Publish(args) => publish::publish(args, context),
         Command::Pull(args) => pull::pull(args, context),
+        Command::Serve(args) => serve::serve(args, context),
         Command::Verify { dir } => verify::verify(dir, context),
         Command::Dump { dir } => verify::dump(dir, context),
         Command::Completions { shell } => terminal::completions::<Cli>(*shell, "larql"),

@@ -6,3 +6,4 @@ mod extract;
 mod hostile;
 mod publish;
 mod pull;
+mod serve;
