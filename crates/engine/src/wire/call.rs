@@ -375,7 +375,7 @@ impl<'a> Call<'a> {
             session,
             ..
         } = &mut leg.connection;
-        match inlet.fill(socket, recv) {
+        match inlet.fill(|bytes| recv(socket, bytes)) {
             Ok(n_bytes) => {
                 leg.moved = Instant::now();
                 self.peers.counters[leg.peer]

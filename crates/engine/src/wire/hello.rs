@@ -301,7 +301,7 @@ fn hear<const N: usize>(
             return Err(io::Error::from(ErrorKind::TimedOut).into());
         }
         socket.set_recv_limit(left)?;
-        inlet.fill(socket, Socket::recv)?;
+        inlet.fill(|bytes| socket.recv(bytes))?;
     }
 }
 

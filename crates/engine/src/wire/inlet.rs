@@ -6,7 +6,6 @@
 use std::io;
 
 use super::frame::{FrameError, Header, Limits, Step, frame_bytes, parse};
-use super::socket::Socket;
 
 /// Bytes received and not yet used.
 #[derive(Debug)]
@@ -80,14 +79,19 @@ impl Inlet {
         }
     }
 
-    /// Receives once, with [`Socket::recv`] or [`Socket::recv_now`].
+    /// Bytes of room, used or not.
+    #[cfg(any(fuzzing, test))]
+    pub(super) fn n_room(&self) -> usize {
+        self.buffer.len()
+    }
+
+    /// Receives once, as `recv` does, into room for at least one byte.
     ///
     /// # Errors
-    /// Those of the socket; a connection that closed is [`io::ErrorKind::UnexpectedEof`].
+    /// Those of `recv`; when it receives nothing, the connection is closed: [`io::ErrorKind::UnexpectedEof`].
     pub(super) fn fill(
         &mut self,
-        socket: &Socket,
-        recv: impl FnOnce(&Socket, &mut [u8]) -> io::Result<usize>,
+        recv: impl FnOnce(&mut [u8]) -> io::Result<usize>,
     ) -> io::Result<usize> {
         let held = self.end - self.start;
         if self.end == self.buffer.len() || self.start + self.needed > self.buffer.len() {
@@ -100,7 +104,7 @@ impl Inlet {
                 self.buffer.resize(granted, 0);
             }
         }
-        match recv(socket, &mut self.buffer[self.end..])? {
+        match recv(&mut self.buffer[self.end..])? {
             0 => Err(io::ErrorKind::UnexpectedEof.into()),
             n_bytes => {
                 self.end += n_bytes;

@@ -8,6 +8,8 @@
 mod address;
 mod call;
 mod frame;
+#[cfg(any(fuzzing, test))]
+mod fuzz;
 mod hello;
 mod inlet;
 mod leg;
@@ -23,6 +25,8 @@ mod server_stats;
 mod socket;
 
 pub use address::{Address, NoAddress};
+#[cfg(any(fuzzing, test))]
+pub use fuzz::fuzz_frames;
 pub use hello::Identity;
 pub use refusal::Refusal;
 pub use remote::{ConnectError, PeerStats, Remote, RemoteOptions, RemoteStats};

@@ -18,7 +18,6 @@ use super::hello::{HelloError, Identity, transport};
 use super::peers::{NoConnection, Peers};
 use super::rows::RowType;
 use super::secret::Secret;
-use super::socket::Socket;
 use crate::ffn::{Batch, FeedForward, FfnError};
 
 /// What is asked of weight servers, and for how long.
@@ -289,7 +288,7 @@ impl Remote {
                         Ok(None) => {}
                         Err(error) => return Err(error.to_string()),
                     }
-                    match connection.inlet.fill(&connection.socket, Socket::recv) {
+                    match connection.inlet.fill(|bytes| connection.socket.recv(bytes)) {
                         Err(error)
                             if error.kind() == std::io::ErrorKind::WouldBlock
                                 && Instant::now() < until => {}

@@ -401,7 +401,7 @@ impl Shared {
                 began = Instant::now();
             }
             let was_empty = inlet.is_empty();
-            match inlet.fill(&outlet.socket, Socket::recv) {
+            match inlet.fill(|bytes| outlet.socket.recv(bytes)) {
                 Ok(n_bytes) => {
                     self.counters
                         .bytes_received
