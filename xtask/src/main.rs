@@ -1,10 +1,13 @@
 //! The project's own chores, as `cargo xtask COMMAND`: the demo that the README promises, llama.cpp as a second
-//! reader of what we write, and the bench of extraction. Nothing here is part of what users install.
+//! reader of what we write, the bench of extraction, and bad networks. Nothing here is part of what users install.
 
 mod bench;
 mod build;
 mod checkpoint;
+mod failure;
+mod fleet;
 mod peers;
+mod proxy;
 
 use std::process::ExitCode;
 
@@ -29,6 +32,28 @@ enum Command {
     Peers,
     /// Measure extraction against llama-quantize on this machine (needs what `peers` built).
     Bench,
+    /// Weight servers that die, stop, lose their cable and come back as others, in the middle of generations: the table
+    /// of docs/failure.md with real processes.
+    Failure {
+        /// How often each failure is repeated.
+        #[arg(long, default_value_t = 100)]
+        rounds: usize,
+        /// The larql to use [default: built now]
+        #[arg(long)]
+        larql: Option<std::path::PathBuf>,
+    },
+    /// A bad network: passes bytes on from one address to another (`HOST:PORT` or `unix:/path`), late, in bursts, or
+    /// only so many.
+    Proxy {
+        /// Where it listens.
+        #[arg(long)]
+        listen: String,
+        /// Where the bytes go.
+        #[arg(long)]
+        to: String,
+        #[command(flatten)]
+        network: proxy::Network,
+    },
 }
 
 fn main() -> ExitCode {
@@ -36,6 +61,12 @@ fn main() -> ExitCode {
         Command::Demo { arguments } => build::demo(&arguments),
         Command::Peers => peers::run_peers(),
         Command::Bench => bench::run(),
+        Command::Failure { rounds, larql } => failure::run(rounds, larql),
+        Command::Proxy {
+            listen,
+            to,
+            network,
+        } => proxy::run(&listen, &to, network),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
