@@ -183,7 +183,8 @@ pub(super) fn greet(
     ))
 }
 
-/// The server's end. An error has been told to the node where it can be.
+/// The server's end. A node that has proved itself is still refused when `admit` says so. An error has been told to the
+/// node where it can be.
 pub(super) fn receive(
     socket: &Socket,
     inlet: &mut Inlet,
@@ -191,6 +192,7 @@ pub(super) fn receive(
     model: &Identity,
     told: &Welcome,
     until: Instant,
+    admit: impl FnOnce() -> Result<(), Refusal>,
 ) -> Result<Session, HelloError> {
     let hello: Nonce = hear(socket, inlet, Kind::Hello, until).inspect_err(|error| {
         if let HelloError::Frame(_) = error {
@@ -228,6 +230,12 @@ pub(super) fn receive(
             format!("hidden, layers and experts are {ours:?} here and {theirs:?} at the node");
         refuse(socket, Refusal::Model, &text);
         return Err(HelloError::Model(text));
+    }
+
+    if let Err(refusal) = admit() {
+        let text = format!("this server is {refusal}");
+        refuse(socket, refusal, &text);
+        return Err(HelloError::Refused(refusal, text));
     }
 
     let mut welcome = [0; WELCOME_BYTES];

@@ -122,8 +122,19 @@ struct Connections {
 
 struct Connection {
     socket: Arc<Socket>,
-    /// Once it has proved itself.
+    /// Whether it has proved itself.
+    is_greeted: bool,
+    /// Soon after that.
     outlet: Option<Arc<Outlet>>,
+}
+
+impl Connections {
+    fn n_greeted(&self) -> usize {
+        let connections = self.open.values();
+        connections
+            .filter(|connection| connection.is_greeted)
+            .count()
+    }
 }
 
 impl Server {
@@ -257,11 +268,7 @@ impl Shared {
         let socket = Arc::new(socket);
         let id = {
             let mut connections = self.connections();
-            let greeted = connections
-                .open
-                .values()
-                .filter(|connection| connection.outlet.is_some())
-                .count();
+            let greeted = connections.n_greeted();
             if greeted >= self.options.limits.connections {
                 self.counters.refuse(Refusal::Full);
                 return hello::refuse(&socket, Refusal::Full, "too many connections");
@@ -271,7 +278,7 @@ impl Shared {
                 let oldest = connections
                     .open
                     .iter()
-                    .find(|(_, connection)| connection.outlet.is_none());
+                    .find(|(_, connection)| !connection.is_greeted);
                 if let Some(id) = oldest.map(|(id, _)| *id) {
                     self.counters.refuse(Refusal::Full);
                     if let Some(connection) = connections.open.remove(&id) {
@@ -286,6 +293,7 @@ impl Shared {
                 id,
                 Connection {
                     socket,
+                    is_greeted: false,
                     outlet: None,
                 },
             );
@@ -322,19 +330,46 @@ impl Shared {
             .store(connections.open.len() as u64, Ordering::Relaxed);
     }
 
+    /// Counts a node that has proved itself among those that have, unless there are too many. Before it is told, so
+    /// that a node that is in knows that others are out.
+    fn greet(&self, id: u64) -> Result<(), Refusal> {
+        let mut connections = self.connections();
+        if self.is_draining.load(Ordering::SeqCst) {
+            return Err(Refusal::Draining);
+        }
+        let is_full = connections.n_greeted() >= self.options.limits.connections;
+        match connections.open.get_mut(&id) {
+            Some(connection) if !is_full => connection.is_greeted = true,
+            // Closed to make room, or too late.
+            _ => return Err(Refusal::Full),
+        }
+        self.counters.greeted.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+
     /// A connection from its first byte to its last.
     fn talk(&self, id: u64, socket: &Arc<Socket>) {
         let limits = &self.options.limits;
         let mut inlet = Inlet::new();
         let until = Instant::now() + limits.hello;
         let (secret, model) = (&self.options.secret, &self.options.model);
-        let session = match hello::receive(socket, &mut inlet, secret, model, &self.welcome, until)
-        {
+        let admit = || self.greet(id);
+        let received = hello::receive(
+            socket,
+            &mut inlet,
+            secret,
+            model,
+            &self.welcome,
+            until,
+            admit,
+        );
+        let session = match received {
             Ok(session) => session,
             Err(error) => {
                 match error {
                     hello::HelloError::Secret => self.counters.refuse(Refusal::Secret),
                     hello::HelloError::Model(_) => self.counters.refuse(Refusal::Model),
+                    hello::HelloError::Refused(refusal, _) => self.counters.refuse(refusal),
                     hello::HelloError::Frame(_) | hello::HelloError::Turn(_) => {
                         self.counters.refuse(Refusal::BadFrame);
                     }
@@ -357,7 +392,6 @@ impl Shared {
             // It was closed to make room, or everything is.
             _ => return,
         }
-        self.counters.greeted.fetch_add(1, Ordering::Relaxed);
         inlet.widen();
         if let Err(text) = self.converse(&session, &mut inlet, &outlet) {
             self.counters.refuse(Refusal::BadFrame);
