@@ -9,6 +9,7 @@
 
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind};
+use std::mem;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -41,6 +42,8 @@ pub(super) struct Memory {
     order: Vec<u32>,
     queue: VecDeque<Piece>,
     legs: Vec<Leg>,
+    /// Lists of flights of legs that were.
+    spare: Vec<Vec<(u64, Piece)>>,
     /// Peer for each expert, while routing.
     owners: Vec<u32>,
     /// Peers, best first, while routing.
@@ -91,9 +94,10 @@ impl<'a> Call<'a> {
 
     pub(super) fn run(mut self) -> Result<(), FfnError> {
         let done = self.work();
-        for leg in self.memory.legs.drain(..) {
+        for mut leg in self.memory.legs.drain(..) {
             // A connection with an answer under way is of no use to anybody.
             if leg.flights.is_empty() && leg.connection.out.is_empty() {
+                self.memory.spare.push(mem::take(&mut leg.flights));
                 self.peers
                     .give_back(leg.peer, leg.connection, leg.moved - leg.began);
             } else {
@@ -126,6 +130,7 @@ impl<'a> Call<'a> {
             order,
             queue,
             legs,
+            spare,
             owners,
             ranked,
             shunned,
@@ -226,7 +231,7 @@ impl<'a> Call<'a> {
                 Ok(connection) => legs.push(Leg {
                     peer,
                     connection,
-                    flights: Vec::new(),
+                    flights: spare.pop().unwrap_or_default(),
                     experts,
                     began: Instant::now(),
                     moved: Instant::now(),
