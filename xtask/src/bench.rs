@@ -7,14 +7,14 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::build::{self, Done};
-use crate::{checkpoint, peers};
+use crate::{checkpoint, llama_cpp};
 
-const N_RUNS: usize = 3;
-const N_THREADS: usize = 2;
+pub(crate) const N_RUNS: usize = 3;
+pub(crate) const N_THREADS: usize = 2;
 
 /// Runs the bench and prints the table of `BENCHMARKS.md`.
 pub(crate) fn run() -> Done {
-    let quantize = peers::llama_cpp()?.join("llama-quantize");
+    let quantize = llama_cpp::programs()?.join("llama-quantize");
     let larql = build::programs()?.larql;
     let folder = build::workspace("bench")?;
     let source = folder.join("Qwen3-0.6B-shape");
@@ -23,7 +23,7 @@ pub(crate) fn run() -> Done {
 
     let bf16 = folder.join("bf16.vindex");
     extract(&larql, &source, &bf16, "bf16")?;
-    let first_part = first_part(&bf16)?;
+    let first_part = llama_cpp::first_part(&bf16)?;
     let q4k = folder.join("q4k.vindex");
     let peer = folder.join("peer.gguf");
     let (mut ours, mut theirs, mut rss_anon_kib) = (Duration::MAX, Duration::MAX, 0);
@@ -70,13 +70,13 @@ pub(crate) fn run() -> Done {
     Ok(())
 }
 
-struct Measured {
+pub(crate) struct Measured {
     wall: Duration,
     rss_anon_kib_max: u64,
 }
 
 /// Extracts `source` anew and watches the anonymous memory of the process while it runs.
-fn extract(larql: &Path, source: &Path, target: &Path, recipe: &str) -> Done<Measured> {
+pub(crate) fn extract(larql: &Path, source: &Path, target: &Path, recipe: &str) -> Done<Measured> {
     if target.exists() {
         std::fs::remove_dir_all(target)
             .map_err(|error| format!("cannot remove {}: {error}", target.display()))?;
@@ -115,13 +115,6 @@ fn extract(larql: &Path, source: &Path, target: &Path, recipe: &str) -> Done<Mea
         }
         std::thread::sleep(Duration::from_millis(10));
     }
-}
-
-fn first_part(vindex: &Path) -> Done<std::path::PathBuf> {
-    peers::parts(vindex)?
-        .into_iter()
-        .next()
-        .ok_or_else(|| format!("{} has no part", vindex.display()))
 }
 
 /// Bytes read a second when each thread sums its own gibibyte, best of three.

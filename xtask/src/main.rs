@@ -1,13 +1,15 @@
 //! The project's own chores, as `cargo xtask COMMAND`: the demo that the README promises, llama.cpp as a second
-//! reader of what we write, the bench of extraction, and bad networks. Nothing here is part of what users install.
+//! reader of what we write, the benches against it, and bad networks. Nothing here is part of what users install.
 
 mod bench;
 mod build;
 mod checkpoint;
 mod failure;
 mod fleet;
+mod llama_cpp;
 mod peers;
 mod proxy;
+mod speed;
 
 use std::process::ExitCode;
 
@@ -30,8 +32,12 @@ enum Command {
     },
     /// Open our vindexes in llama.cpp and compare what it writes (needs PyPI; builds llama.cpp once).
     Peers,
-    /// Measure extraction against llama-quantize on this machine (needs what `peers` built).
-    Bench,
+    /// Measure against llama.cpp on this machine (builds it once).
+    Bench {
+        /// What is measured.
+        #[arg(value_enum)]
+        what: What,
+    },
     /// Weight servers that die, stop, lose their cable and come back as others, in the middle of generations: the table
     /// of docs/failure.md with real processes.
     Failure {
@@ -56,11 +62,22 @@ enum Command {
     },
 }
 
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum What {
+    /// Extraction to q4k against llama-quantize.
+    Extract,
+    /// Decoding and prefill against llama-bench, split and unsplit.
+    Serve,
+}
+
 fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Command::Demo { arguments } => build::demo(&arguments),
         Command::Peers => peers::run_peers(),
-        Command::Bench => bench::run(),
+        Command::Bench {
+            what: What::Extract,
+        } => bench::run(),
+        Command::Bench { what: What::Serve } => speed::run(),
         Command::Failure { rounds, larql } => failure::run(rounds, larql),
         Command::Proxy {
             listen,

@@ -1,25 +1,30 @@
-//! llama.cpp as a second reader: builds it from the source package of `llama-cpp-python` on PyPI, opens a vindex
-//! of the kjv model in it and holds what it writes against `models/kjv/prompts.json`. Not part of CI.
-//! Invariant: the peer gets our parts as they are; nothing is converted for it.
+//! llama.cpp as a second reader: opens vindexes of the kjv model in it, holds what it writes against
+//! `models/kjv/prompts.json`, and our perplexities against its own. Not part of CI.
+//! Invariant: both read the same directory.
 
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::ffi::OsStr;
+use std::path::Path;
 use std::process::Command;
 
 use serde_json::Value;
 
 use crate::build::{self, Done, output, run};
+use crate::llama_cpp;
 
-/// The source package that is built.
-const PACKAGE: &str = "llama-cpp-python==0.3.36";
-const TOOLS: [&str; 3] = ["llama-quantize", "llama-completion", "llama-perplexity"];
+/// Windows of the perplexities, in tokens.
+const WINDOW: usize = 256;
+/// How far our perplexity may be from llama.cpp's on the same directory.
+const PERPLEXITY_RATIO_MAX: f64 = 0.005;
 
-/// Extracts kjv with f32 and q4k, lets llama.cpp continue every prompt and compares.
+/// Extracts kjv and its sister with f32 and q4k; lets llama.cpp continue every prompt of kjv and compares; compares
+/// the perplexity of two texts in llama.cpp and in our own forward pass.
 pub(crate) fn run_peers() -> Done {
-    let tools = llama_cpp()?;
+    let tools = llama_cpp::programs()?;
     let larql = build::programs()?.larql;
     let model = build::root().join("models/kjv");
     let folder = build::workspace("peers")?;
+    let texts = [model.join("heldout.txt"), build::root().join("LICENSE")];
     let mut wrong = Vec::new();
     for recipe in ["f32", "q4k"] {
         let target = folder.join(format!("kjv-{recipe}.vindex"));
@@ -33,12 +38,10 @@ pub(crate) fn run_peers() -> Done {
             .arg("-o")
             .arg(&target)
             .args(["--quant", recipe]))?;
-        let parts = parts(&target)?;
-        let first_part = parts.first().ok_or("the vindex has no part")?;
-        let (n_equal, n_prompts) = compare_prompts(&tools, first_part, &model)?;
-        let perplexity = perplexity(&tools, first_part, &model)?;
+        let first_part = llama_cpp::first_part(&target)?;
+        let (n_equal, n_prompts) = compare_prompts(&tools, &first_part, &model)?;
         println!(
-            "kjv {recipe}: {n_equal} of {n_prompts} continuations as in prompts.json; perplexity of heldout.txt in llama.cpp {perplexity}"
+            "kjv {recipe}: llama.cpp continues {n_equal} of {n_prompts} prompts as prompts.json"
         );
         // Only unquantised weights must repeat the reference; q4k is a figure.
         if recipe == "f32" && n_equal != n_prompts {
@@ -46,6 +49,24 @@ pub(crate) fn run_peers() -> Done {
                 "{} of {n_prompts} continuations differ with {recipe}",
                 n_prompts - n_equal
             ));
+        }
+        for text in &texts {
+            let theirs = llama_cpp::perplexity(&tools, &first_part, text, WINDOW)?;
+            let ours = our_perplexity(&larql, &target, text)?;
+            let name = text
+                .file_name()
+                .map(OsStr::to_string_lossy)
+                .unwrap_or_default();
+            let off = ours / theirs - 1.0;
+            println!(
+                "kjv {recipe}: perplexity of {name} {ours:.4} here, {theirs:.4} in llama.cpp ({:+.2} %)",
+                100.0 * off
+            );
+            if off.is_nan() || off.abs() > PERPLEXITY_RATIO_MAX {
+                wrong.push(format!(
+                    "perplexity of {name} with {recipe} is {ours}, llama.cpp says {theirs}"
+                ));
+            }
         }
     }
     if wrong.is_empty() {
@@ -55,83 +76,21 @@ pub(crate) fn run_peers() -> Done {
     }
 }
 
-/// The folder of llama.cpp's programs; builds them when they are not there.
-pub(crate) fn llama_cpp() -> Done<PathBuf> {
-    let folder = build::workspace("peers")?;
-    let tools = folder.join("llama.cpp/bin");
-    if TOOLS.iter().all(|tool| tools.join(tool).exists()) {
-        return Ok(tools);
-    }
-    let python = folder.join("venv/bin/python");
-    if !python.exists() {
-        run(Command::new("python3")
-            .args(["-m", "venv"])
-            .arg(folder.join("venv")))?;
-    }
-    run(Command::new(&python).args(["-m", "pip", "install", "--quiet", "cmake", "ninja"]))?;
-    run(Command::new(&python)
-        .args([
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            "--no-binary",
-            ":all:",
-            "--dest",
-        ])
-        .arg(&folder)
-        .arg(PACKAGE))?;
-    let name = PACKAGE
-        .replace("==", "-")
-        .replace("llama-cpp-python", "llama_cpp_python");
-    run(Command::new("tar")
-        .arg("xzf")
-        .arg(folder.join(format!("{name}.tar.gz")))
-        .arg("-C")
-        .arg(&folder))?;
-    let cmake = folder.join("venv/bin/cmake");
-    let build = folder.join("llama.cpp");
-    run(Command::new(&cmake)
-        .args(["-G", "Ninja", "-S"])
-        .arg(folder.join(&name).join("vendor/llama.cpp"))
-        .arg("-B")
-        .arg(&build)
-        .arg(format!(
-            "-DCMAKE_MAKE_PROGRAM={}",
-            folder.join("venv/bin/ninja").display()
-        ))
-        .args([
-            "-DCMAKE_BUILD_TYPE=Release",
-            "-DBUILD_SHARED_LIBS=OFF",
-            "-DLLAMA_OPENSSL=OFF",
-        ])
-        .args([
-            "-DLLAMA_BUILD_TESTS=OFF",
-            "-DLLAMA_BUILD_SERVER=OFF",
-            "-DLLAMA_BUILD_APP=OFF",
-        ]))?;
-    run(Command::new(&cmake)
-        .arg("--build")
-        .arg(&build)
-        .arg("--target")
-        .args(TOOLS))?;
-    Ok(tools)
-}
-
-/// The GGUF parts of a vindex, in order.
-pub(crate) fn parts(vindex: &Path) -> Done<Vec<PathBuf>> {
-    let listing = std::fs::read_dir(vindex)
-        .map_err(|error| format!("cannot list {}: {error}", vindex.display()))?;
-    let mut parts: Vec<PathBuf> = listing
-        .filter_map(|entry| entry.ok().map(|entry| entry.path()))
-        .filter(|path| {
-            path.extension()
-                .is_some_and(|extension| extension == "gguf")
-        })
-        .collect();
-    parts.sort();
-    Ok(parts)
+/// Perplexity of a text in our own forward pass, with the windows of llama.cpp's program.
+fn our_perplexity(larql: &Path, vindex: &Path, text: &Path) -> Done<f64> {
+    let told = output(
+        Command::new(larql)
+            .args(["perplexity", "--json"])
+            .arg(vindex)
+            .arg("--text")
+            .arg(text)
+            .args(["--window", &WINDOW.to_string()]),
+    )?;
+    let told: Value = serde_json::from_slice(&told)
+        .map_err(|error| format!("larql perplexity told no JSON: {error}"))?;
+    told["perplexity"]
+        .as_f64()
+        .ok_or_else(|| format!("larql perplexity told no figure: {told}"))
 }
 
 /// How many of the prompts are continued by the recorded 64 tokens, and how many prompts there are.
@@ -192,26 +151,6 @@ fn compare_prompts(tools: &Path, first_part: &Path, model: &Path) -> Done<(usize
         }
     }
     Ok((n_equal, prompts.len()))
-}
-
-/// llama.cpp's own figure for `heldout.txt`, windows of 256.
-fn perplexity(tools: &Path, first_part: &Path, model: &Path) -> Done<String> {
-    let result = Command::new(tools.join("llama-perplexity"))
-        .arg("--model")
-        .arg(first_part)
-        .arg("--file")
-        .arg(model.join("heldout.txt"))
-        .args(["--ctx-size", "256", "--threads", "2", "--no-warmup"])
-        .output()
-        .map_err(|error| format!("cannot run llama-perplexity: {error}"))?;
-    let said = String::from_utf8_lossy(&result.stdout).into_owned()
-        + &String::from_utf8_lossy(&result.stderr);
-    said.lines()
-        .find_map(|line| {
-            line.split_once("PPL = ")
-                .map(|(_, figure)| figure.trim().to_owned())
-        })
-        .ok_or_else(|| format!("llama-perplexity gave no figure:\n{said}"))
 }
 
 /// Byte-level BPE, the way back: id to bytes.
