@@ -71,7 +71,7 @@ pub(crate) fn run() -> Done {
     }
 
     let bandwidth = number(&last, "bandwidth_gb_s")?;
-    let bytes_per_token = number(&last, "weight_bytes_per_token")?;
+    let bytes_per_token = number(&last, "bytes_per_token")?;
     let gb_s = |tokens: f64| tokens * bytes_per_token / 1e9;
     println!(
         "| Qwen3-0.6B shape, q4k, {N_THREADS} threads | decode tok/s | GB/s of weights | prefill tok/s |"
