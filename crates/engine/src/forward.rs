@@ -31,7 +31,8 @@ use crate::kv::{OutOfPages, Sequence};
 use crate::model::{Layer, Model};
 use crate::router::route;
 use crate::rows::{
-    add, add_weighted, parts, rms_norm, rms_norm_in_place, rows_per_task, sized, softcap,
+    add, add_weighted, fill, multiply, parts, rms_norm, rms_norm_in_place, rows_per_task, sized,
+    softcap,
 };
 use crate::threads::Pool;
 
@@ -96,6 +97,8 @@ pub struct Forward {
     model: Arc<Model>,
     pool: Arc<Pool>,
     ffn: Arc<dyn FeedForward>,
+    /// Whether the threads are of no use while feed-forward rows are computed.
+    rests: bool,
     buffers: Buffers,
 }
 
@@ -139,7 +142,18 @@ impl Forward {
             model,
             pool,
             ffn,
+            rests: false,
             buffers: Buffers::default(),
+        }
+    }
+
+    /// The same pass, for feed-forward rows that are computed elsewhere: its threads leave the processors alone while it
+    /// waits for them.
+    #[must_use]
+    pub fn resting(self) -> Forward {
+        Forward {
+            rests: true,
+            ..self
         }
     }
 
@@ -195,6 +209,7 @@ impl Forward {
             model,
             pool,
             ffn,
+            rests,
             buffers,
         } = self;
         let config = model.config();
@@ -210,6 +225,9 @@ impl Forward {
                 visits: &buffers.visits,
             };
             let visited = sized(&mut buffers.visited, batch.visits.len() * hidden);
+            if *rests {
+                pool.rest();
+            }
             ffn.forward(l as u32, batch, visited)?;
             buffers.add_visited(config, layer, n, pool);
         }
@@ -273,10 +291,12 @@ impl Buffers {
         norm_rows(&self.x[..n * hidden], &layer.attn_norm, eps, normed, pool);
 
         let [w_q, w_k, w_v] = [&layer.q, &layer.k, &layer.v].map(|w| w.matrix(vindex));
-        self.activations.fill(
+        fill(
+            &mut self.activations,
             normed,
             hidden,
             &[w_q.block_type, w_k.block_type, w_v.block_type],
+            pool,
         );
         let q = sized(&mut self.q, n * w_q.n_rows);
         let k = sized(&mut self.k, n * w_k.n_rows);
@@ -305,17 +325,26 @@ impl Buffers {
         let kv_type = spans
             .first()
             .map_or(BlockType::F32, |span| span.sequence.block_type());
-        self.queries.fill(q, a.key_length as usize, &[kv_type]);
+        fill(
+            &mut self.queries,
+            q,
+            a.key_length as usize,
+            &[kv_type],
+            pool,
+        );
         let mixed = sized(&mut self.mixed, n * (a.n_heads * a.value_length) as usize);
         mix(&head, layer, l, &spans, &self.queries, mixed, pool);
 
         let w = layer.output.matrix(vindex);
-        self.activations.fill(mixed, w.n_cols, &[w.block_type]);
+        fill(
+            &mut self.activations,
+            mixed,
+            w.n_cols,
+            &[w.block_type],
+            pool,
+        );
         let delta = sized(&mut self.delta, n * hidden);
-        let x = self.activations.all();
-        pool.for_each(parts(w, delta, 1, n_threads), |p| {
-            quant::multiply(&p.w, p.rows, x, p.out)
-        });
+        multiply(w, self.activations.all(), delta, pool);
 
         let per_task = rows_per_task(n, n_threads) * hidden;
         let tasks = self.x[..n * hidden]
@@ -348,13 +377,15 @@ impl Buffers {
             return;
         };
         let w = router.matrix(model.vindex());
-        self.activations
-            .fill(&self.normed[..n * w.n_cols], w.n_cols, &[w.block_type]);
+        fill(
+            &mut self.activations,
+            &self.normed[..n * w.n_cols],
+            w.n_cols,
+            &[w.block_type],
+            pool,
+        );
         let logits = sized(&mut self.router_logits, n * w.n_rows);
-        let x = self.activations.all();
-        pool.for_each(parts(w, logits, 1, pool.n_threads()), |p| {
-            quant::multiply(&p.w, p.rows, x, p.out);
-        });
+        multiply(w, self.activations.all(), logits, pool);
         let n_used = experts.n_used as usize;
         let weights = sized(&mut self.weights, n * n_used);
         let mut chosen = vec![0; n_used];
@@ -431,13 +462,15 @@ impl Buffers {
             }
         }
         let w = model.head.matrix(model.vindex());
-        self.activations
-            .fill(&self.normed[..n_wanted * hidden], hidden, &[w.block_type]);
+        fill(
+            &mut self.activations,
+            &self.normed[..n_wanted * hidden],
+            hidden,
+            &[w.block_type],
+            pool,
+        );
         let logits = sized(&mut self.logits, n_wanted * w.n_rows);
-        let x = self.activations.all();
-        pool.for_each(parts(w, logits, 1, pool.n_threads()), |p| {
-            quant::multiply(&p.w, p.rows, x, p.out);
-        });
+        multiply(w, self.activations.all(), logits, pool);
         if let Some(cap) = config.logit_softcap {
             pool.for_each(logits.chunks_mut(1 << 14), |logits| softcap(logits, cap));
         }

@@ -13,7 +13,7 @@ use quant::{Activations, GateActivation};
 use vindex::{Activation, Vindex};
 
 use crate::ffn::{Batch, FeedForward, FfnError, Visit};
-use crate::rows::{add, parts, sized};
+use crate::rows::{add, fill, parts, sized};
 use crate::threads::Pool;
 use crate::weights::{ModelError, Weight, vector};
 
@@ -147,10 +147,12 @@ impl FeedForward for Local {
         visits.gather(batch.visits);
         let (hidden, ffn, n_visits) = (self.hidden, layer.gate.n_rows, batch.visits.len());
 
-        input.fill(
+        fill(
+            input,
             batch.rows,
             hidden,
             &[layer.gate.block_type, layer.up.block_type],
+            &self.pool,
         );
         let middle = sized(middle, n_visits * ffn);
         match &layer.bias {
@@ -163,7 +165,13 @@ impl FeedForward for Local {
             }
         }
 
-        middle_activations.fill(middle, ffn, &[layer.down.block_type]);
+        fill(
+            middle_activations,
+            middle,
+            ffn,
+            &[layer.down.block_type],
+            &self.pool,
+        );
         if visits.are_in_order {
             self.multiply(&layer.down, visits, &visits.places, middle_activations, out);
         } else {

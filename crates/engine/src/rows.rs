@@ -5,7 +5,9 @@
 
 use std::ops::Range;
 
-use quant::{Columns, Matrix};
+use quant::{ActivationRows, Activations, BlockType, Columns, Matrix};
+
+use crate::threads::Pool;
 
 /// Tasks for each thread: enough that one which began late does not keep the others waiting for long.
 const TASKS_PER_THREAD: usize = 4;
@@ -45,6 +47,29 @@ pub(crate) fn parts<'a>(
         rest = Some(right);
         Part { w, rows, out }
     })
+}
+
+/// `out`, `(rows of x, w.n_rows)`: the products of every row of `w` with every row of `x`.
+pub(crate) fn multiply(w: Matrix<'_>, x: ActivationRows<'_>, out: &mut [f32], pool: &Pool) {
+    pool.for_each(parts(w, out, 1, pool.n_threads()), |part| {
+        quant::multiply(&part.w, part.rows, x, part.out);
+    });
+}
+
+/// Fewer activations are taken in by one thread: it is done with them before another has come.
+const ACTIVATIONS_MIN: usize = 1 << 14;
+
+/// [`Activations::fill`] on the threads of `pool`.
+pub(crate) fn fill(
+    activations: &mut Activations,
+    x: &[f32],
+    n_cols: usize,
+    block_types: &[BlockType],
+    pool: &Pool,
+) {
+    let n_parts = (x.len() / ACTIVATIONS_MIN).clamp(1, TASKS_PER_THREAD * pool.n_threads());
+    let parts = activations.parts(x, n_cols, block_types, n_parts);
+    pool.for_each(parts, |part| part.fill());
 }
 
 /// How many of `n_rows` rows make a task.

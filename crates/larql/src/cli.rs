@@ -9,6 +9,8 @@ use engine::wire::Address;
 use hub::{Reference, RepoId};
 use vindex::{Recipe, Slice, Span};
 
+use crate::pass::Computing;
+
 /// Extract, publish, pull and verify vindexes: a model's weights as checked GGUF parts with one index.
 #[derive(Debug, Parser)]
 #[command(name = "larql", version, subcommand_required = true)]
@@ -40,6 +42,14 @@ pub(crate) enum Command {
         /// The vindex
         dir: PathBuf,
     },
+    /// Go on from a prompt, on this terminal
+    Run(Run),
+    /// Write the logits after each of some tokens to a NumPy file
+    Logits(Logits),
+    /// Measure how well a model foresees a text, by the protocol of llama.cpp's llama-perplexity
+    Perplexity(Perplexity),
+    /// Measure how fast a model decodes and takes in a prompt here
+    Bench(Bench),
     /// Print a completion script for a shell
     Completions {
         /// The shell that reads the script
@@ -158,6 +168,83 @@ pub(crate) struct Serve {
     /// Where what is pulled is kept [default: skulk, in $XDG_CACHE_HOME or ~/.cache]
     #[arg(long, value_name = "DIR")]
     pub(crate) cache: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Run {
+    /// The vindex
+    pub(crate) dir: PathBuf,
+    /// The prompt; several words are joined by spaces
+    #[arg(conflicts_with = "ids")]
+    pub(crate) prompt: Vec<String>,
+    /// The prompt as tokens: 1,45,100
+    #[arg(long, value_name = "ID,…", value_delimiter = ',')]
+    pub(crate) ids: Option<Vec<u32>>,
+    /// Tokens to generate at most
+    #[arg(long, value_name = "N", default_value_t = 128)]
+    pub(crate) max_tokens: usize,
+    /// Take the likeliest token each time
+    #[arg(long, conflicts_with_all = ["temperature", "top_k", "top_p", "seed"])]
+    pub(crate) greedy: bool,
+    /// Draw tokens, with logits divided by this; 0 takes the likeliest
+    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    pub(crate) temperature: f32,
+    /// Draw from the k likeliest tokens
+    #[arg(long, value_name = "K")]
+    pub(crate) top_k: Option<usize>,
+    /// Draw from the likeliest tokens that together have this probability
+    #[arg(long, value_name = "P")]
+    pub(crate) top_p: Option<f32>,
+    /// Draw the same tokens each time
+    #[arg(long, value_name = "SEED")]
+    pub(crate) seed: Option<u64>,
+    /// Go on past the tokens that end a text
+    #[arg(long)]
+    pub(crate) ignore_eos: bool,
+    #[command(flatten)]
+    pub(crate) computing: Computing,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Logits {
+    /// The vindex
+    pub(crate) dir: PathBuf,
+    /// The tokens: 1,45,100
+    #[arg(long, value_name = "ID,…", value_delimiter = ',', required = true)]
+    pub(crate) ids: Vec<u32>,
+    /// The file to write: f32, (tokens, vocabulary)
+    #[arg(short, long, value_name = "FILE.npy")]
+    pub(crate) output: PathBuf,
+    #[command(flatten)]
+    pub(crate) computing: Computing,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Perplexity {
+    /// The vindex
+    pub(crate) dir: PathBuf,
+    /// The text, UTF-8
+    #[arg(long, value_name = "FILE")]
+    pub(crate) text: PathBuf,
+    /// Tokens in a window; the second half of each is scored
+    #[arg(long, value_name = "N", default_value = "512")]
+    pub(crate) window: NonZeroUsize,
+    #[command(flatten)]
+    pub(crate) computing: Computing,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Bench {
+    /// The vindex
+    pub(crate) dir: PathBuf,
+    /// Tokens of the prompt
+    #[arg(long, value_name = "N", default_value = "512")]
+    pub(crate) prompt: NonZeroUsize,
+    /// Tokens to decode
+    #[arg(long, value_name = "N", default_value = "64")]
+    pub(crate) tokens: NonZeroUsize,
+    #[command(flatten)]
+    pub(crate) computing: Computing,
 }
 
 /// A vindex that is not sliced is the full one.

@@ -1,17 +1,23 @@
-//! The weight operator's tool: extract a vindex from a checkpoint, publish it, pull it, serve it, verify it, read it.
+//! The weight operator's tool: extract a vindex from a checkpoint, publish it, pull it, serve it, verify it, read it,
+//! compute with it.
 //!
-//! A thin layer: `vindex` makes and checks directories, `hub` reads and commits, and each command here says in one
-//! file what it does with them. `cli` names the arguments, `model` finds a checkpoint.
+//! A thin layer: `vindex` makes and checks directories, `hub` reads and commits, `engine` computes, and each command here
+//! says in one file what it does with them. `cli` names the arguments, `model` finds a checkpoint, `pass` opens a model.
 //!
 //! Invariant: a command that was interrupted or killed can be run again.
 
+mod bench;
 mod cli;
 mod context;
 mod extract;
 mod http;
+mod logits;
 mod model;
+mod pass;
+mod perplexity;
 mod publish;
 mod pull;
+mod run;
 mod serve;
 mod verify;
 
@@ -41,6 +47,10 @@ fn run(command: &Command, context: &Context) -> Result<(), Failure> {
         Command::Serve(args) => serve::serve(args, context),
         Command::Verify { dir } => verify::verify(dir, context),
         Command::Dump { dir } => verify::dump(dir, context),
+        Command::Run(args) => run::run(args, context),
+        Command::Logits(args) => logits::logits(args, context),
+        Command::Perplexity(args) => perplexity::perplexity(args, context),
+        Command::Bench(args) => bench::bench(args, context),
         Command::Completions { shell } => terminal::completions::<Cli>(*shell, "larql"),
     }
 }

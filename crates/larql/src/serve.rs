@@ -29,7 +29,7 @@ const SECRET_BYTES_MAX: u64 = 64 << 10;
 /// Serves until the process is told to stop.
 pub(crate) fn serve(args: &Serve, context: &Context) -> Result<(), Failure> {
     let output = context.output;
-    let secret = secret(args, context)?;
+    let secret = secret(args.secret_file.as_deref(), context)?;
     refuse_strangers(args, &secret)?;
     let http_token = args.http_token_file.as_deref();
     let http_token = http_token
@@ -245,8 +245,8 @@ fn refuse_strangers(args: &Serve, secret: &Secret) -> Result<(), Failure> {
 }
 
 /// Of the file that is named, else of the environment, else none.
-fn secret(args: &Serve, context: &Context) -> Result<Secret, Failure> {
-    let text = match &args.secret_file {
+pub(crate) fn secret(file: Option<&Path>, context: &Context) -> Result<Secret, Failure> {
+    let text = match file {
         Some(path) => Some(read_secret(path, "secret")?),
         None => context.secret(),
     };

@@ -31,7 +31,7 @@ pub use elementwise::{
 };
 pub use isa::{Isa, isas};
 pub use product::{
-    ActivationRows, Activations, Columns, GateActivation, Matrix, accumulate_rows,
+    ActivationRows, Activations, ActivationsPart, Columns, GateActivation, Matrix, accumulate_rows,
     accumulate_rows_with, multiply, multiply_gated, multiply_gated_with, multiply_with,
 };
 

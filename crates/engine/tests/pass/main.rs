@@ -4,4 +4,5 @@ mod bits;
 mod cache;
 mod goldens;
 mod npz;
+mod oracle;
 mod support;

@@ -2,6 +2,7 @@
 //! leave on disk, and what others can see when they are killed.
 
 mod bench;
+mod compute;
 mod extract;
 mod hostile;
 mod publish;

@@ -92,6 +92,55 @@ impl Activations {
     /// # Panics
     /// As [`Activations::fill`], and when this CPU lacks `isa`.
     pub fn fill_with(&mut self, isa: Isa, x: &[f32], n_cols: usize, block_types: &[BlockType]) {
+        for part in self.parts(x, n_cols, block_types, 1) {
+            part.fill_with(isa);
+        }
+    }
+
+    /// [`Activations::fill`] in about `n_parts` parts, for as many threads: when each is filled, the rows are there.
+    ///
+    /// # Panics
+    /// As [`Activations::fill`], and when `n_parts` is 0.
+    pub fn parts<'a>(
+        &'a mut self,
+        x: &'a [f32],
+        n_cols: usize,
+        block_types: &[BlockType],
+        n_parts: usize,
+    ) -> impl Iterator<Item = ActivationsPart<'a>> {
+        self.begin(x, n_cols, block_types);
+        let (n_rows, n_padded, forms) = (self.n_rows, self.padded_cols(), self.forms);
+        let wanted = |is_wanted: bool, n: usize| if is_wanted { n } else { 0 };
+        // Rows of values lie one after the other, and so do the blocks of the same columns.
+        let n_values = wanted(forms.values, n_rows);
+        let n_blocks32 = wanted(forms.blocks32, n_cols / 32);
+        let n_blocks256 = wanted(forms.blocks256, n_cols / 256);
+        let mut values = &mut self.values[..n_values * n_padded];
+        let mut blocks32 = &mut self.blocks32[..n_blocks32 * n_rows];
+        let mut blocks256 = &mut self.blocks256[..n_blocks256 * n_rows];
+        let share = move |n: usize, i: usize| n * i / n_parts..n * (i + 1) / n_parts;
+        (0..n_parts).map(move |i| {
+            let (rows, of_32, of_256) = (
+                share(n_values, i),
+                share(n_blocks32, i),
+                share(n_blocks256, i),
+            );
+            ActivationsPart {
+                x,
+                n_rows,
+                n_cols,
+                first_row: rows.start,
+                values: take(&mut values, rows.len() * n_padded),
+                first_block32: of_32.start,
+                blocks32: take(&mut blocks32, of_32.len() * n_rows),
+                first_block256: of_256.start,
+                blocks256: take(&mut blocks256, of_256.len() * n_rows),
+            }
+        })
+    }
+
+    /// Makes room for the rows `x`.
+    fn begin(&mut self, x: &[f32], n_cols: usize, block_types: &[BlockType]) {
         assert!(
             n_cols > 0 && x.len().is_multiple_of(n_cols),
             "{} activations are no whole number of rows of {n_cols}",
@@ -119,13 +168,6 @@ impl Activations {
         grow(&mut self.values, sizes[0], 0.0);
         grow(&mut self.blocks32, sizes[1], Block32::ZERO);
         grow(&mut self.blocks256, sizes[2], Block256::ZERO);
-        isa::run_lanes(
-            isa,
-            Fill {
-                activations: self,
-                x,
-            },
-        );
     }
 
     /// Rows that are there.
@@ -252,35 +294,63 @@ impl Block256 {
     };
 }
 
-struct Fill<'a> {
-    activations: &'a mut Activations,
+/// Some of the values or blocks of [`Activations`] that are being filled.
+#[derive(Debug)]
+pub struct ActivationsPart<'a> {
     x: &'a [f32],
+    n_rows: usize,
+    n_cols: usize,
+    first_row: usize,
+    /// Whole rows, padded.
+    values: &'a mut [f32],
+    first_block32: usize,
+    /// Of all rows, block by block.
+    blocks32: &'a mut [Block32],
+    first_block256: usize,
+    blocks256: &'a mut [Block256],
 }
 
-impl Work for Fill<'_> {
+impl ActivationsPart<'_> {
+    /// Fills them. Allocates nothing.
+    pub fn fill(self) {
+        self.fill_with(isa::fastest());
+    }
+
+    fn fill_with(self, isa: Isa) {
+        isa::run_lanes(isa, self);
+    }
+}
+
+impl Work for ActivationsPart<'_> {
     #[inline(always)]
     fn run<W: Words>(self) {
-        let Fill { activations, x } = self;
-        let (n_rows, n_cols) = (activations.n_rows, activations.n_cols);
-        let n_padded = activations.padded_cols();
-        for (row, x) in x.chunks_exact(n_cols).enumerate() {
-            if activations.forms.values {
-                let values = &mut activations.values[row * n_padded..][..n_padded];
-                values[..n_cols].copy_from_slice(x);
-                values[n_cols..].fill(0.0);
+        let n_cols = self.n_cols;
+        let rows = self.x[self.first_row * n_cols..].chunks_exact(n_cols);
+        let padded = self
+            .values
+            .chunks_exact_mut(n_cols.next_multiple_of(N_LANES));
+        for (values, x) in padded.zip(rows) {
+            values[..n_cols].copy_from_slice(x);
+            values[n_cols..].fill(0.0);
+        }
+        let blocks = self.blocks32.chunks_exact_mut(self.n_rows.max(1));
+        for (i, blocks) in blocks.enumerate() {
+            for (block, x) in blocks.iter_mut().zip(self.x.chunks_exact(n_cols)) {
+                fill_block32::<W::Lanes>(&x.as_chunks().0[self.first_block32 + i], block);
             }
-            if activations.forms.blocks32 {
-                for (i, x) in x.as_chunks().0.iter().enumerate() {
-                    fill_block32::<W::Lanes>(x, &mut activations.blocks32[i * n_rows + row]);
-                }
-            }
-            if activations.forms.blocks256 {
-                for (i, x) in x.as_chunks().0.iter().enumerate() {
-                    fill_block256::<W::Lanes>(x, &mut activations.blocks256[i * n_rows + row]);
-                }
+        }
+        let blocks = self.blocks256.chunks_exact_mut(self.n_rows.max(1));
+        for (i, blocks) in blocks.enumerate() {
+            for (block, x) in blocks.iter_mut().zip(self.x.chunks_exact(n_cols)) {
+                fill_block256::<W::Lanes>(&x.as_chunks().0[self.first_block256 + i], block);
             }
         }
     }
+}
+
+/// The first `n` of `rest`, which gets shorter.
+fn take<'a, T>(rest: &mut &'a mut [T], n: usize) -> &'a mut [T] {
+    rest.split_off_mut(..n).expect("the shares add up")
 }
 
 #[inline(always)]

@@ -18,7 +18,7 @@ mod unpack;
 
 use std::ops::Range;
 
-pub use activations::{ActivationRows, Activations};
+pub use activations::{ActivationRows, Activations, ActivationsPart};
 pub use columns::Columns;
 
 use crate::BlockType;

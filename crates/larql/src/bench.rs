@@ -1,0 +1,104 @@
+//! `bench`: how fast a model decodes and takes in a prompt here, beside how fast this machine reads memory.
+//!
+//! Decoding reads every weight once for each token, so that its bound is the bandwidth of memory; the figure that counts
+//! is their ratio.
+//!
+//! Invariant: both are measured in the same run, on the same number of threads. Timings are the best of [`N_RUNS`].
+
+use std::hint::black_box;
+use std::time::{Duration, Instant};
+
+use engine::Wanted;
+use terminal::Failure;
+
+use crate::cli::Bench;
+use crate::context::Context;
+use crate::pass::{CHUNK, Pass};
+
+const N_RUNS: usize = 3;
+
+/// Bytes that each thread reads to measure the bandwidth: more than caches hold.
+const READ_BYTES: usize = 256 << 20;
+
+/// Measures and tells.
+pub(crate) fn bench(args: &Bench, context: &Context) -> Result<(), Failure> {
+    let mut pass = Pass::open(&args.dir, &args.computing, context)?;
+    let n_threads = pass.n_threads;
+    let config = pass.model().config();
+    let (n_prompt, n_tokens) = (args.prompt.get(), args.tokens.get());
+    if n_prompt + n_tokens > config.context as usize {
+        return Err(Failure::new(format!(
+            "{n_prompt} + {n_tokens} tokens are beyond the model's context of {}",
+            config.context
+        )));
+    }
+    let vocab = config.vocab as usize;
+    let token = |i: usize| (i * 7919 % vocab) as u32;
+    let prompt: Vec<u32> = (0..n_prompt).map(token).collect();
+
+    let (mut prefill, mut decode) = (Duration::MAX, Duration::MAX);
+    for _ in 0..N_RUNS {
+        let mut sequence = pass.sequence(n_prompt + n_tokens);
+        let begun = Instant::now();
+        for (i, tokens) in prompt.chunks(CHUNK).enumerate() {
+            let is_last = (i + 1) * CHUNK >= n_prompt;
+            let wanted = if is_last {
+                Wanted::Last
+            } else {
+                Wanted::Nothing
+            };
+            pass.step(&mut sequence, tokens, wanted)?;
+        }
+        prefill = prefill.min(begun.elapsed());
+        let begun = Instant::now();
+        for i in 0..n_tokens {
+            pass.step(&mut sequence, &[token(n_prompt + i)], Wanted::Last)?;
+        }
+        decode = decode.min(begun.elapsed());
+    }
+    let bandwidth = bandwidth_gb_s(n_threads);
+    let model = pass.model();
+    let bytes_per_token = model.attention_bytes() + model.feed_forward_bytes();
+    let decode_tok_s = n_tokens as f64 / decode.as_secs_f64();
+    let prefill_tok_s = n_prompt as f64 / prefill.as_secs_f64();
+    let weights_gb_s = decode_tok_s * bytes_per_token as f64 / 1e9;
+    context.output.text(format_args!(
+        "decode {decode_tok_s:.1} tokens/s: {weights_gb_s:.1} GB/s of weights, {:.0} % of the {bandwidth:.1} GB/s that \
+         {n_threads} threads read here\nprefill {prefill_tok_s:.1} tokens/s, {n_prompt} tokens",
+        100.0 * weights_gb_s / bandwidth
+    ))?;
+    context.output.value(&serde_json::json!({
+        "decode_tok_s": decode_tok_s,
+        "prefill_tok_s": prefill_tok_s,
+        "weights_gb_s": weights_gb_s,
+        "bandwidth_gb_s": bandwidth,
+        "bytes_per_token": bytes_per_token,
+        "threads": n_threads,
+        "prompt": n_prompt,
+        "tokens": n_tokens,
+    }))
+}
+
+/// Bytes read a second, in GB, when each thread sums a block of its own; the best of [`N_RUNS`].
+fn bandwidth_gb_s(n_threads: usize) -> f64 {
+    let n_words = READ_BYTES / 8;
+    let blocks: Vec<Vec<u64>> = (0..n_threads)
+        .map(|i| vec![i as u64 + 1; n_words])
+        .collect();
+    let sum = |block: &[u64]| {
+        block
+            .iter()
+            .fold(0_u64, |sum, &word| sum.wrapping_add(word))
+    };
+    let runs = (0..N_RUNS).map(|_| {
+        let begun = Instant::now();
+        std::thread::scope(|scope| {
+            for block in &blocks {
+                scope.spawn(|| black_box(sum(block)));
+            }
+        });
+        begun.elapsed()
+    });
+    let best = runs.min().unwrap_or(Duration::MAX);
+    (n_threads * READ_BYTES) as f64 / best.as_secs_f64() / 1e9
+}
