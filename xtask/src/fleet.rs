@@ -150,7 +150,26 @@ pub(crate) enum Ended {
     Hung,
 }
 
+impl Ended {
+    /// How it would have ended after `n` tokens.
+    pub(crate) fn first(&self, n: usize) -> Ended {
+        match self {
+            Ended::Tokens(tokens) => Ended::Tokens(tokens[..n.min(tokens.len())].to_vec()),
+            Ended::Error(message) => Ended::Error(message.clone()),
+            Ended::Hung => Ended::Hung,
+        }
+    }
+}
+
 impl Node {
+    /// Whether it ended.
+    pub(crate) fn has_ended(&mut self) -> Done<bool> {
+        let ended = self.child.as_mut().map(Child::try_wait).transpose();
+        ended
+            .map(|ended| ended.flatten().is_some())
+            .map_err(|error| format!("cannot wait for larql run: {error}"))
+    }
+
     /// Waits for the end; how it ended and how long it took.
     pub(crate) fn wait(mut self, limit: Duration) -> Done<(Ended, Duration)> {
         let mut child = self.child.take().ok_or("a generation is waited for once")?;
