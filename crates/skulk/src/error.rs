@@ -144,6 +144,14 @@ impl ApiError {
         error
     }
 
+    /// 400: a prompt that leaves no room for an answer.
+    pub fn context_length(param: &str, got: usize, max: usize) -> ApiError {
+        let message = format!(
+            "This model's maximum context length is {max} tokens with the answer; your prompt has {got}. Please shorten it."
+        );
+        ApiError::new(400, INVALID, message).about(param, "context_length_exceeded")
+    }
+
     /// 413: a body over the limit.
     pub fn too_large(bytes_max: usize) -> ApiError {
         let message = format!("The request's body is larger than {bytes_max} bytes.");
@@ -187,15 +195,9 @@ impl From<EngineError> for ApiError {
     fn from(error: EngineError) -> ApiError {
         match &error {
             EngineError::Busy { .. } => ApiError::busy(),
-            EngineError::PromptTooLong { got, max } => ApiError::new(
-                400,
-                INVALID,
-                format!(
-                    "This model's maximum context length is {max} tokens with the answer; your prompt has {got}. \
-                     Please shorten it."
-                ),
-            )
-            .about("messages", "context_length_exceeded"),
+            EngineError::PromptTooLong { got, max } => {
+                ApiError::context_length("prompt", *got, *max)
+            }
             EngineError::Invalid(why) => {
                 let mut error = ApiError::new(400, INVALID, why.clone());
                 error.code = Some("invalid_value");

@@ -1,14 +1,7 @@
-//! The node: places layers and experts, runs attention, speaks the OpenAI API.
-//!
-//! Invariant: only this file ends the process.
+//! The program `skulk`; all of it is in the library, where tests and the fuzzer reach it.
 
-use clap::Parser;
+use std::process::ExitCode;
 
-/// Serves a published model: attention here, feed-forward weights from weight servers.
-#[derive(Debug, Parser)]
-#[command(name = "skulk", version)]
-struct Cli {}
-
-fn main() {
-    let Cli {} = Cli::parse();
+fn main() -> ExitCode {
+    skulk::main()
 }

@@ -1,0 +1,247 @@
+//! How long a decoding step takes: reading weights and cache, and asking over the network. Derived in `docs/plan.md`.
+//!
+//! ```text
+//! step = (head + embedding rows) / B_a
+//!      + sum over layers ( (attention + streams * kv) / B_a  +  max over servers ( round trip + wire / link + ffn / B_f ) )
+//! ```
+//!
+//! Invariant: pure; nothing is read, nothing is rounded. It leaves out compute: a step of few rows is bound by what it
+//! reads, and a bandwidth that was measured with the kernels themselves has their compute in it.
+
+use super::shape::Shape;
+
+/// What is asked of a cluster at once.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Load {
+    /// Sequences that are decoded together.
+    pub n_streams: u64,
+    /// Tokens in each one's cache.
+    pub context: u64,
+    /// Bytes of a value in the cache.
+    pub kv_value_bytes: u64,
+    /// Bytes of a value on the wire.
+    pub wire_value_bytes: u64,
+}
+
+/// A machine in the formula, in bytes and seconds.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Speed {
+    /// Reads from memory, bytes/s.
+    pub bandwidth: f64,
+}
+
+/// The way to a weight server.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Wire {
+    /// Seconds.
+    pub round_trip: f64,
+    /// Bytes/s.
+    pub bandwidth: f64,
+}
+
+/// What a weight server does for one layer.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Share {
+    /// Who.
+    pub speed: Speed,
+    /// `None` in the attention node's own process.
+    pub wire: Option<Wire>,
+    /// Which part of the layer's experts it holds, 0 to 1.
+    pub part: f64,
+}
+
+/// Seconds of a step, by what they go into.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Step {
+    /// Weights of attention, head and embeddings.
+    pub attention: f64,
+    /// Keys and values.
+    pub kv: f64,
+    /// Feed-forward weights.
+    pub ffn: f64,
+    /// Waiting for an empty answer.
+    pub round_trips: f64,
+    /// Rows on the wire.
+    pub wire: f64,
+}
+
+impl Step {
+    /// The whole.
+    pub fn total(&self) -> f64 {
+        self.attention + self.kv + self.ffn + self.round_trips + self.wire
+    }
+
+    /// Which part of it goes into the network.
+    pub fn on_the_wire(&self) -> f64 {
+        (self.round_trips + self.wire) / self.total()
+    }
+}
+
+/// How many of `n` experts at least one of `n_rows` rows visits, when each visits `n_used` and all are as likely:
+/// `n * (1 - (1 - n_used / n)^n_rows)`.
+pub fn distinct_experts(n: u64, n_used: u64, n_rows: u64) -> f64 {
+    let n = n as f64;
+    n * (1.0 - (1.0 - n_used as f64 / n).powf(n_rows as f64))
+}
+
+/// Bytes that one row puts on the wire for one layer: the row there, and one row back for each expert that it visits.
+pub fn wire_bytes(shape: &Shape, value_bytes: u64) -> u64 {
+    shape.hidden * value_bytes * (1 + shape.experts.1)
+}
+
+/// The seconds of one step of `load` on `attention`, with layer `l` answered by `shares(l)`, of which all work at once.
+pub fn step(
+    shape: &Shape,
+    load: Load,
+    attention: Speed,
+    shares: impl Fn(usize) -> Vec<Share>,
+) -> Step {
+    let streams = load.n_streams as f64;
+    let (n, n_used) = shape.experts;
+    let visited = distinct_experts(n, n_used, load.n_streams) / n as f64;
+    let row_bytes = wire_bytes(shape, load.wire_value_bytes) as f64;
+    let once = shape.head_bytes as f64 + streams * shape.embedding_row_bytes as f64;
+    let mut step = Step {
+        attention: once / attention.bandwidth,
+        ..Step::default()
+    };
+    for (l, layer) in shape.layers.iter().enumerate() {
+        let kv = layer.kv_values * layer.seen(load.context) * load.kv_value_bytes;
+        step.attention += layer.attention_bytes as f64 / attention.bandwidth;
+        step.kv += streams * kv as f64 / attention.bandwidth;
+        let times = shares(l).into_iter().map(|share| {
+            let ffn = layer.ffn_bytes as f64 * visited * share.part / share.speed.bandwidth;
+            // The visits are divided among those who hold experts, the rows go to each.
+            let wire = share.wire.map_or((0.0, 0.0), |wire| {
+                let back = row_bytes * n_used as f64 / (1 + n_used) as f64 * share.part;
+                let there = row_bytes / (1 + n_used) as f64;
+                (wire.round_trip, streams * (there + back) / wire.bandwidth)
+            });
+            (ffn, wire.0, wire.1)
+        });
+        let slowest = times.max_by(|a, b| (a.0 + a.1 + a.2).total_cmp(&(b.0 + b.1 + b.2)));
+        let (ffn, round_trip, wire) = slowest.unwrap_or_default();
+        step.ffn += ffn;
+        step.round_trips += round_trip;
+        step.wire += wire;
+    }
+    step
+}
+
+/// Tokens/s of one stream on one machine that reads `bandwidth` bytes/s, with feed-forward in another process of it at
+/// `round_trip` seconds when there is one: what a bench compares with a measured run.
+pub fn predict(shape: &Shape, load: Load, bandwidth: f64, round_trip: Option<f64>) -> f64 {
+    let share = Share {
+        speed: Speed { bandwidth },
+        // Rows in memory travel as fast as memory is read.
+        wire: round_trip.map(|round_trip| Wire {
+            round_trip,
+            bandwidth,
+        }),
+        part: 1.0,
+    };
+    let step = step(shape, load, Speed { bandwidth }, |_| vec![share]);
+    load.n_streams as f64 / step.total()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::shape::LayerShape;
+    use super::*;
+
+    fn shape(experts: (u64, u64)) -> Shape {
+        let layer = LayerShape {
+            attention_bytes: 1_000_000,
+            ffn_bytes: 4_000_000,
+            kv_values: 1000,
+            window: None,
+        };
+        Shape {
+            name: "m".to_owned(),
+            hidden: 1000,
+            head_bytes: 2_000_000,
+            embeddings_bytes: 2_000_000,
+            embedding_row_bytes: 0,
+            experts,
+            context: 4096,
+            layers: vec![
+                layer,
+                LayerShape {
+                    window: Some(10),
+                    ..layer
+                },
+            ],
+        }
+    }
+
+    const LOAD: Load = Load {
+        n_streams: 1,
+        context: 100,
+        kv_value_bytes: 2,
+        wire_value_bytes: 4,
+    };
+
+    fn near(a: f64, b: f64) {
+        assert!((a - b).abs() <= 1e-9 * b.abs(), "{a} is not {b}");
+    }
+
+    #[test]
+    fn one_machine_reads_everything_once() {
+        // Head 2 MB, two layers of 5 MB, cache (100 + 10) tokens of 2 kB: 12.22 MB at 1 GB/s.
+        near(predict(&shape((1, 1)), LOAD, 1e9, None), 1.0 / 0.012_22);
+    }
+
+    #[test]
+    fn a_round_trip_for_each_layer() {
+        let alone = 1.0 / predict(&shape((1, 1)), LOAD, 1e9, None);
+        let split = 1.0 / predict(&shape((1, 1)), LOAD, 1e9, Some(50e-6));
+        // Two layers: 50 microseconds and 8 kB at 1 GB/s each.
+        near(split - alone, 2.0 * (50e-6 + 8e-6));
+    }
+
+    #[test]
+    fn only_visited_experts_are_read() {
+        near(distinct_experts(8, 2, 1), 2.0);
+        near(distinct_experts(8, 8, 3), 8.0);
+        near(distinct_experts(1, 1, 5), 1.0);
+        assert!(distinct_experts(128, 8, 64) < 128.0);
+        let dense = step(&shape((1, 1)), LOAD, Speed { bandwidth: 1e9 }, whole);
+        let routed = step(&shape((8, 2)), LOAD, Speed { bandwidth: 1e9 }, whole);
+        near(routed.ffn * 4.0, dense.ffn);
+    }
+
+    fn whole(_: usize) -> Vec<Share> {
+        vec![Share {
+            speed: Speed { bandwidth: 1e9 },
+            wire: None,
+            part: 1.0,
+        }]
+    }
+
+    #[test]
+    fn servers_of_one_layer_work_at_once() {
+        let half = Share {
+            speed: Speed { bandwidth: 1e9 },
+            wire: Some(Wire {
+                round_trip: 1e-6,
+                bandwidth: 1e9,
+            }),
+            part: 0.5,
+        };
+        let slow = Share {
+            speed: Speed { bandwidth: 5e8 },
+            ..half
+        };
+        let both = step(&shape((8, 2)), LOAD, Speed { bandwidth: 1e9 }, |_| {
+            vec![half, slow]
+        });
+        let one = step(&shape((8, 2)), LOAD, Speed { bandwidth: 1e9 }, |_| {
+            vec![slow]
+        });
+        assert_eq!(both, one);
+        near(
+            both.on_the_wire() * both.total(),
+            both.round_trips + both.wire,
+        );
+    }
+}

@@ -1,0 +1,130 @@
+//! What a model weighs, layer by layer, read from the index of its vindex alone.
+//!
+//! Invariant: sizes are those of the tensors as they are stored, so that the same model in another recipe is another shape.
+
+use vindex::{Component, Config, Index};
+
+/// What a step has to read and send.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Shape {
+    /// The model's own name and recipe, for people.
+    pub name: String,
+    /// Width of the residual stream.
+    pub hidden: u64,
+    /// Bytes of the output head, read once a step.
+    pub head_bytes: u64,
+    /// Bytes of embeddings, head and final norm together, as they are held.
+    pub embeddings_bytes: u64,
+    /// Bytes of one row of the embedding matrix.
+    pub embedding_row_bytes: u64,
+    /// Experts of a routed layer and how many of them a token visits; `(1, 1)` in a dense model.
+    pub experts: (u64, u64),
+    /// Longest sequence, in tokens.
+    pub context: u64,
+    /// One a layer.
+    pub layers: Vec<LayerShape>,
+}
+
+/// A layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LayerShape {
+    /// Bytes of attention, norms and router.
+    pub attention_bytes: u64,
+    /// Bytes of all feed-forward weights, all experts together.
+    pub ffn_bytes: u64,
+    /// Values of keys and values that one token adds to the cache.
+    pub kv_values: u64,
+    /// Tokens that are seen at most, where the layer has a window.
+    pub window: Option<u64>,
+}
+
+impl Shape {
+    /// The shape of the model that `index` describes.
+    pub fn of(index: &Index) -> Shape {
+        let config = &index.config;
+        let n_layers = config.n_layers as usize;
+        let mut layers: Vec<LayerShape> = (0..n_layers).map(|l| layer(config, l)).collect();
+        let (mut embeddings_bytes, mut head_bytes, mut embedding_bytes) = (0, 0, 0);
+        for tensor in &index.tensors {
+            let Some(part) = index.parts.get(tensor.part as usize) else {
+                continue;
+            };
+            match part.component {
+                Component::Metadata => {}
+                Component::Embeddings => {
+                    embeddings_bytes += tensor.size_bytes;
+                    if tensor.name == "token_embd.weight" {
+                        embedding_bytes = tensor.size_bytes;
+                    }
+                    if tensor.name == "output.weight" {
+                        head_bytes = tensor.size_bytes;
+                    }
+                }
+                Component::Attention { layer } => {
+                    if let Some(layer) = layers.get_mut(layer as usize) {
+                        layer.attention_bytes += tensor.size_bytes;
+                    }
+                }
+                Component::FeedForward { layer } => {
+                    if let Some(layer) = layers.get_mut(layer as usize) {
+                        layer.ffn_bytes += tensor.size_bytes;
+                    }
+                }
+            }
+        }
+        if head_bytes == 0 {
+            head_bytes = embedding_bytes;
+        }
+        let experts = config.experts;
+        Shape {
+            name: format!("{} ({})", index.name, index.recipe),
+            hidden: u64::from(config.hidden),
+            head_bytes,
+            embeddings_bytes,
+            embedding_row_bytes: embedding_bytes / u64::from(config.vocab.max(1)),
+            experts: experts.map_or((1, 1), |e| (u64::from(e.n.max(1)), u64::from(e.n_used))),
+            context: u64::from(config.context),
+            layers,
+        }
+    }
+
+    /// Bytes that the attention node holds, without its cache.
+    pub fn attention_bytes(&self) -> u64 {
+        let layers = self.layers.iter().map(|layer| layer.attention_bytes);
+        self.embeddings_bytes + layers.sum::<u64>()
+    }
+
+    /// Bytes of all feed-forward weights.
+    pub fn ffn_bytes(&self) -> u64 {
+        self.layers.iter().map(|layer| layer.ffn_bytes).sum()
+    }
+
+    /// Bytes of keys and values of one sequence of `n_tokens`, with `value_bytes` for each value.
+    pub fn kv_bytes(&self, n_tokens: u64, value_bytes: u64) -> u64 {
+        let layer = |layer: &LayerShape| layer.kv_values * layer.seen(n_tokens) * value_bytes;
+        self.layers.iter().map(layer).sum()
+    }
+}
+
+impl LayerShape {
+    /// How many of `n_tokens` the layer sees.
+    pub fn seen(&self, n_tokens: u64) -> u64 {
+        self.window.map_or(n_tokens, |window| window.min(n_tokens))
+    }
+}
+
+fn layer(config: &Config, layer: usize) -> LayerShape {
+    let attention = &config.attention;
+    let window = attention
+        .sliding_window
+        .as_ref()
+        .filter(|window| window.layers.get(layer) == Some(&true))
+        .map(|window| u64::from(window.n_tokens));
+    let heads = u64::from(attention.n_kv_heads);
+    LayerShape {
+        attention_bytes: 0,
+        ffn_bytes: 0,
+        kv_values: heads * u64::from(attention.key_length + attention.value_length),
+        window,
+    }
+}
