@@ -10,18 +10,19 @@ use serde_json::Value;
 /// What a chore says when it cannot go on.
 pub(crate) type Done<T = ()> = Result<T, String>;
 
-/// Our two programs, as Cargo built them.
+/// Our programs, as Cargo built them.
 pub(crate) struct Programs {
     pub(crate) larql: PathBuf,
-    pub(crate) skulk_weights: PathBuf,
+    pub(crate) skulk: PathBuf,
 }
 
-/// Builds `larql` and `skulk-weights` in release mode.
+/// Builds the programs in release mode.
 pub(crate) fn programs() -> Done<Programs> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let output = Command::new(&cargo)
         .current_dir(root())
-        .args(["build", "--release", "-p", "larql", "-p", "skulk-weights"])
+        .args(["build", "--release"])
+        .args(["-p", "larql", "-p", "skulk", "-p", "skulk-weights"])
         .arg("--message-format=json-render-diagnostics")
         .stderr(Stdio::inherit())
         .output()
@@ -39,16 +40,15 @@ pub(crate) fn programs() -> Done<Programs> {
     };
     Ok(Programs {
         larql: built("larql")?,
-        skulk_weights: built("skulk-weights")?,
+        skulk: built("skulk")?,
     })
 }
 
-/// Runs the demo with the `larql` that was just built.
+/// Runs the demo with the programs that were just built, which lie in one directory.
 pub(crate) fn demo(arguments: &[String]) -> Done {
     let programs = programs()?;
-    run(Command::new(&programs.skulk_weights)
+    run(Command::new(&programs.skulk)
         .current_dir(root())
-        .env("SKULK_WEIGHTS_LARQL", &programs.larql)
         .arg("demo")
         .args(arguments))
 }

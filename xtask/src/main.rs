@@ -24,9 +24,9 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Build the programs and publish a real small model to a registry on this machine.
+    /// Build the programs; publish a real small model to a Hub on this machine, serve it split and ask it something.
     Demo {
-        /// Arguments for `skulk-weights demo`.
+        /// Arguments for `skulk demo`.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },

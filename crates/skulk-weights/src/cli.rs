@@ -65,8 +65,6 @@ pub(crate) enum Command {
     /// A Hub of one's own, over a directory
     #[command(subcommand)]
     Registry(Registry),
-    /// Publish a small model to a registry on this machine: no account, no token, no internet
-    Demo(Demo),
     /// Print a completion script for a shell
     Completions {
         /// The shell that reads the script
@@ -177,16 +175,6 @@ pub(crate) struct Doctor {
     pub(crate) model: Option<String>,
     #[command(flatten)]
     pub(crate) scratch: ScratchDir,
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct Demo {
-    /// Keep the registry and everything else in this directory [default: a temporary one]
-    #[arg(long, value_name = "DIR")]
-    pub(crate) keep: Option<PathBuf>,
-    /// The checkpoint to publish
-    #[arg(long, value_name = "DIR", default_value = "models/kjv")]
-    pub(crate) model_dir: PathBuf,
 }
 
 #[derive(Debug, Subcommand)]

@@ -39,13 +39,6 @@ impl Environment {
         std::env::var(name).ok()
     }
 
-    /// A command that runs this program.
-    pub(crate) fn this_program(&self) -> Result<std::process::Command, Failure> {
-        let path = std::env::current_exe()
-            .map_err(|error| Failure::new("cannot tell where this program is").cause(error))?;
-        Ok(std::process::Command::new(path))
-    }
-
     /// The directories in which programs are looked for.
     pub(crate) fn path(&self) -> Vec<PathBuf> {
         std::env::var_os("PATH")

@@ -10,7 +10,6 @@ mod card;
 mod catalog;
 mod cli;
 mod config;
-mod demo;
 mod diagnostic;
 mod doctor;
 mod entry;
@@ -89,7 +88,6 @@ fn run(cli: &Cli, output: Output) -> Result<(), Failure> {
             &environment,
             output,
         ),
-        Command::Demo(args) => demo::demo(args, &environment, output),
         Command::Completions { shell } => terminal::completions::<Cli>(*shell, "skulk-weights"),
     }
 }

@@ -619,36 +619,3 @@ fn a_killed_publication_is_gone_on_from_and_shows_nothing_half() {
     assert!(bench.is_whole() && !bench.out().exists());
     assert_eq!(bench.filed(), [TARGET]);
 }
-
-#[test]
-fn the_demo_ends_with_what_was_published() {
-    let dir = tempfile::tempdir().unwrap();
-    let output = Command::new(env!("CARGO_BIN_EXE_skulk-weights"))
-        .args(["demo", "--json", "--keep"])
-        .arg(dir.path().join("kept"))
-        .arg("--model-dir")
-        .arg(kjv())
-        .current_dir(dir.path())
-        .env_clear()
-        .env("PATH", "/usr/bin:/bin")
-        .env("SKULK_WEIGHTS_LARQL", larql())
-        .output()
-        .unwrap();
-    assert!(
-        output.status.success(),
-        "{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-    let value: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
-    assert_eq!(
-        value["collection_items"],
-        serde_json::json!(["foxlight-demo/kjv-full-q4-k-vindex"])
-    );
-    assert!(
-        value["card"]
-            .as_str()
-            .unwrap()
-            .contains(value["vindex"].as_str().unwrap())
-    );
-    assert!(dir.path().join("kept/registry").is_dir());
-}

@@ -29,6 +29,8 @@ pub(crate) enum Command {
     Serve(Box<Serve>),
     /// Predict speed, memory and cost of a model on machines that a file describes
     Plan(Plan),
+    /// Publish a small model to a Hub on this machine, serve it split in two processes, and ask it something
+    Demo(Demo),
     /// Print a completion script for a shell
     Completions {
         /// The shell that reads the script
@@ -49,10 +51,10 @@ pub(crate) struct Serve {
     /// The model's name in the API [default: that of the repository, or of the vindex]
     #[arg(long, value_name = "NAME")]
     pub(crate) name: Option<String>,
-    /// A file with the keys that clients must show one of, one a line; else the variable SKULK_API_KEY
+    /// A file with the keys that clients must show one of, one a line [default: $SKULK_API_KEY, else none]
     #[arg(long, value_name = "FILE")]
     pub(crate) api_key_file: Option<PathBuf>,
-    /// A file with the secret that weight servers share
+    /// A file with the secret that weight servers share [default: $SKULK_SECRET, else none]
     #[arg(long, value_name = "FILE", requires = "ffn")]
     pub(crate) secret_file: Option<PathBuf>,
     /// How rows travel to weight servers: f32, f16 or bf16
@@ -112,6 +114,26 @@ pub(crate) struct Plan {
     /// How rows travel to weight servers: f32, f16 or bf16
     #[arg(long, value_name = "TYPE", default_value = "f32")]
     pub(crate) wire: RowType,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Demo {
+    /// A checkpoint to publish
+    #[arg(long, value_name = "DIR", default_value = "models/kjv")]
+    pub(crate) model_dir: PathBuf,
+    /// What the model is to go on with
+    #[arg(
+        long,
+        value_name = "TEXT",
+        default_value = "In the beginning God created the"
+    )]
+    pub(crate) prompt: String,
+    /// Tokens to write
+    #[arg(long, value_name = "N", default_value = "64")]
+    pub(crate) tokens: NonZeroUsize,
+    /// Keep what was made in this directory
+    #[arg(long, value_name = "DIR")]
+    pub(crate) keep: Option<PathBuf>,
 }
 
 #[cfg(test)]

@@ -44,6 +44,11 @@ impl Context {
         variable("SKULK_API_KEY")
     }
 
+    /// The secret of the environment.
+    pub(crate) fn secret(&self) -> Option<String> {
+        variable("SKULK_SECRET")
+    }
+
     /// Where pulled vindexes are kept when the command line does not say.
     pub(crate) fn cache(&self) -> PathBuf {
         let home = || PathBuf::from(variable("HOME").unwrap_or_default());

@@ -44,7 +44,7 @@ pub(crate) fn serve(args: &cli::Serve, context: &Context, output: Output) -> Res
             "name a file with keys by --api-key-file or set SKULK_API_KEY, or listen on 127.0.0.1",
         ));
     }
-    let secret = secret(args.secret_file.as_deref())?;
+    let secret = secret(args.secret_file.as_deref(), context)?;
     let template = args.chat_template.as_deref().map(read).transpose()?;
     let listener = context
         .wait(TcpListener::bind(args.listen))
@@ -229,17 +229,18 @@ fn keys(args: &cli::Serve, context: &Context) -> Result<Keys, Failure> {
     Keys::parse(&text).map_err(|why| Failure::new(format!("{place}: {why}")))
 }
 
-/// The secret of the file, without the line's end that an editor leaves.
-fn secret(path: Option<&Path>) -> Result<Secret, Failure> {
-    let Some(path) = path else {
-        return Ok(Secret::default());
+/// The secret of the file, else of the environment, else none; white space around it is the editor's.
+fn secret(path: Option<&Path>, context: &Context) -> Result<Secret, Failure> {
+    let (text, place) = match path {
+        Some(path) => (read(path)?, path.display().to_string()),
+        None => match context.secret() {
+            Some(text) => (text, "SKULK_SECRET".to_owned()),
+            None => return Ok(Secret::default()),
+        },
     };
-    let text = read(path)?;
-    match text.trim_end_matches(['\r', '\n']) {
-        "" => Err(
-            Failure::new(format!("the secret file {} is empty", path.display()))
-                .hint("write at least 32 random characters into it"),
-        ),
+    match text.trim() {
+        "" => Err(Failure::new(format!("there is no secret in {place}"))
+            .hint("`openssl rand -hex 32` makes one")),
         secret => Ok(Secret::new(secret.as_bytes())),
     }
 }

@@ -39,6 +39,51 @@ pub fn json(body: &[u8]) -> Result<Value, ApiError> {
         .map_err(|error| ApiError::body(format!("The request's body is not JSON: {error}.")))
 }
 
+/// What must hold for any body, for the fuzzer and for a test of its corpus.
+///
+/// # Panics
+/// When it does not.
+#[cfg(any(fuzzing, test))]
+pub fn fuzz(body: &[u8]) {
+    let refused = |error: ApiError| {
+        assert_eq!(error.status, 400);
+        assert!(error.message.len() < 1000, "{}", error.message);
+    };
+    let value = match json(body) {
+        Ok(value) => value,
+        Err(error) => return refused(error),
+    };
+    let common = |common: &Common| {
+        assert!((1..=8).contains(&common.n) && common.stop.len() <= 4);
+        assert!((0.0..=2.0).contains(&common.sampling.temperature));
+        assert!(common.sampling.top_p > 0.0 && common.sampling.top_p <= 1.0);
+        assert!(
+            common
+                .sampling
+                .logit_bias
+                .iter()
+                .all(|(_, bias)| bias.abs() <= 100.0)
+        );
+    };
+    match ChatRequest::parse(value.clone()) {
+        Ok(chat) => {
+            common(&chat.common);
+            assert!(!chat.messages.is_empty());
+            assert!(chat.tool_choice == ToolChoice::None || !chat.tools.is_empty());
+            assert!(chat.top_logprobs.is_none_or(|n| n <= 20));
+        }
+        Err(error) => refused(error),
+    }
+    match CompletionRequest::parse(value) {
+        Ok(completion) => {
+            common(&completion.common);
+            assert!((1..=64).contains(&(completion.prompts.len() * completion.common.n)));
+            assert!(!completion.prompts.contains(&Prompt::Tokens(Vec::new())));
+        }
+        Err(error) => refused(error),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -61,6 +106,18 @@ mod tests {
         }
         let deep = "[".repeat(100_000);
         assert!(json(deep.as_bytes()).is_err());
+    }
+
+    #[test]
+    fn what_the_fuzzer_found_holds() {
+        let corpus =
+            std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz/corpus/requests");
+        let mut n = 0;
+        for entry in std::fs::read_dir(corpus).expect("the corpus") {
+            fuzz(&std::fs::read(entry.expect("an entry").path()).expect("a seed"));
+            n += 1;
+        }
+        assert!(n >= 4);
     }
 
     /// Values with the names of our fields in them, so that checks behind the first one are met too.
@@ -130,21 +187,12 @@ mod tests {
 
         #[test]
         fn any_bytes_are_a_request_or_a_refusal(body in prop::collection::vec(any::<u8>(), 0..200)) {
-            if let Ok(value) = json(&body) {
-                let _ = ChatRequest::parse(value.clone());
-                let _ = CompletionRequest::parse(value);
-            }
+            fuzz(&body);
         }
 
         #[test]
         fn any_json_is_a_request_or_a_refusal_with_a_status(value in values()) {
-            for refused in [
-                ChatRequest::parse(value.clone()).err(),
-                CompletionRequest::parse(value.clone()).err(),
-            ].into_iter().flatten() {
-                prop_assert_eq!(refused.status, 400);
-                prop_assert!(refused.message.len() < 1000);
-            }
+            fuzz(value.to_string().as_bytes());
         }
 
         #[test]
