@@ -44,8 +44,10 @@ impl Process {
         let line = line.map_err(Failure::of(format!("cannot read what {name} says")))?;
         let ready = line.and_then(|line| serde_json::from_str::<Value>(&line).ok());
         let Some(ready) = ready.filter(|ready| ready.get("error").is_none()) else {
+            // The log goes with the demo's folder, so that its words are told here.
+            let said = fs::read_to_string(log).unwrap_or_default();
             return Err(
-                Failure::new(format!("{name} did not come up")).hint("its messages are above")
+                Failure::new(format!("{name} did not come up")).hint(said.trim().to_owned())
             );
         };
         // Nobody reads further lines; they must not fill the pipe.
