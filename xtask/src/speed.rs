@@ -1,5 +1,5 @@
 //! Decoding and prefill against llama.cpp on the same GGUF files in the same run, and what the split costs: a weight
-//! server in another process over a Unix socket and over loopback TCP, and eight streams against one.
+//! server in another process over a Unix socket and over loopback TCP.
 //! Invariant: both sides have the same number of threads; the measurements take turns and the best of the runs counts
 //! for either. Leaves out machines that are not this one (`skulk plan`).
 
@@ -15,7 +15,6 @@ use crate::{checkpoint, llama_cpp};
 
 const N_PROMPT: usize = 512;
 const N_TOKENS: usize = 64;
-const N_STREAMS: usize = 8;
 
 /// Tokens a second.
 #[derive(Clone, Copy, Default)]
@@ -56,7 +55,6 @@ pub(crate) fn run() -> Done {
         Speed::default(),
         Speed::default(),
     );
-    let mut streams = 0f64;
     let mut last = Value::Null;
     for turn in 1..=N_RUNS {
         theirs = theirs.best(peer_speed(&peer, &first_part)?);
@@ -65,8 +63,6 @@ pub(crate) fn run() -> Done {
         last = told;
         by_unix = by_unix.best(speed(&ours(&["--ffn", &over_unix.address])?)?);
         by_tcp = by_tcp.best(speed(&ours(&["--ffn", &over_tcp.address])?)?);
-        let told = ours(&["--streams", &N_STREAMS.to_string()])?;
-        streams = streams.max(number(&told, "decode_tok_s")?);
         eprintln!("run {turn} of {N_RUNS} done");
     }
 
@@ -90,7 +86,6 @@ pub(crate) fn run() -> Done {
             speed.prefill
         );
     }
-    println!("| larql, unsplit, {N_STREAMS} streams together | {streams:.1} | | |");
     println!();
     println!("measured read bandwidth, {N_THREADS} threads: {bandwidth:.1} GB/s");
     println!(
@@ -112,10 +107,6 @@ pub(crate) fn run() -> Done {
     println!(
         "split over loopback TCP against unsplit: {:.2} x",
         by_tcp.decode / alone.decode
-    );
-    println!(
-        "{N_STREAMS} streams against one: {:.2} x",
-        streams / alone.decode
     );
     Ok(())
 }
