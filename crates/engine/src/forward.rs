@@ -99,6 +99,10 @@ pub struct Forward {
     ffn: Arc<dyn FeedForward>,
     /// Whether the threads are of no use while feed-forward rows are computed.
     rests: bool,
+    /// Whether [`Forward::hidden`] is asked for.
+    keeps_hidden: bool,
+    /// Rows of the last step.
+    n_rows: usize,
     buffers: Buffers,
 }
 
@@ -143,6 +147,8 @@ impl Forward {
             pool,
             ffn,
             rests: false,
+            keeps_hidden: false,
+            n_rows: 0,
             buffers: Buffers::default(),
         }
     }
@@ -155,6 +161,23 @@ impl Forward {
             rests: true,
             ..self
         }
+    }
+
+    /// The same pass, which keeps the residual stream of every row for whoever drafts from it.
+    #[must_use]
+    pub fn keeping_hidden(self) -> Forward {
+        Forward {
+            keeps_hidden: true,
+            ..self
+        }
+    }
+
+    /// `(n_rows, hidden)`: the residual stream of every row of the last step that was done, in the order of the works
+    /// and their tokens, after the last layer and before the final norm. Nothing unless the pass is
+    /// [`Forward::keeping_hidden`].
+    pub fn hidden(&self) -> &[f32] {
+        let n_rows = if self.keeps_hidden { self.n_rows } else { 0 };
+        &self.buffers.x[..n_rows * self.model.config().hidden as usize]
     }
 
     /// The model.
@@ -181,6 +204,10 @@ impl Forward {
                 Err(_) => work.sequence.unreserve(),
             }
         }
+        self.n_rows = match done {
+            Ok(_) => works.iter().map(|work| work.tokens.len()).sum(),
+            Err(_) => 0,
+        };
         let n_logits = done?;
         Ok(&self.buffers.logits[..n_logits])
     }
@@ -211,6 +238,7 @@ impl Forward {
             ffn,
             rests,
             buffers,
+            ..
         } = self;
         let config = model.config();
         let n: usize = works.iter().map(|work| work.tokens.len()).sum();

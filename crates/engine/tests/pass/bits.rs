@@ -115,3 +115,31 @@ fn threads() {
         }
     }
 }
+
+#[test]
+fn hidden_states_of_every_row_wanted_or_not() {
+    for family in FAMILIES {
+        let model = extracted(family, Recipe::Q4k);
+        let mut engine = Engine::new(&model.vindex, KvType::F16, 2);
+        assert!(engine.forward.hidden().is_empty());
+        engine.logits(&prompt(3, 3));
+        assert!(engine.forward.hidden().is_empty(), "nobody asked for them");
+        engine.forward = engine.forward.keeping_hidden();
+        let tokens = prompt(70, 3);
+        engine.logits(&tokens);
+        let expected = bits(engine.forward.hidden());
+        let hidden = engine.forward.model().config().hidden as usize;
+        assert_eq!(expected.len(), tokens.len() * hidden);
+        let (mut sequence, mut got) = (engine.cache.sequence(), Vec::new());
+        for tokens in tokens.chunks(33) {
+            let mut works = [Work {
+                sequence: &mut sequence,
+                tokens,
+                logits: Wanted::Last,
+            }];
+            engine.forward.step(&mut works).unwrap();
+            got.extend(bits(engine.forward.hidden()));
+        }
+        assert!(got == expected, "{family}");
+    }
+}
