@@ -101,6 +101,7 @@ impl<'a> Call<'a> {
                 self.peers
                     .give_back(leg.peer, leg.connection, leg.moved - leg.began);
             } else {
+                self.peers.waited(leg.peer, leg.began.elapsed());
                 let reason = match &done {
                     Err(FfnError::Deadline { .. }) => Some("no answer in time".into()),
                     _ => None,
@@ -135,6 +136,10 @@ impl<'a> Call<'a> {
             ranked,
             shunned,
         } = &mut *self.memory;
+        if queue.is_empty() && legs.iter().all(|leg| leg.flights.is_empty()) {
+            // No piece refers to it: a call that is told to wait again and again does not grow.
+            order.clear();
+        }
         let now = Instant::now();
         owners.clear();
         owners.resize(self.peers.options.model.n_experts as usize, NOBODY);
@@ -241,15 +246,7 @@ impl<'a> Call<'a> {
                 Err(NoConnection::Full | NoConnection::Lost) => {}
             }
         }
-        // What no leg takes goes back, to be routed again.
-        queue.retain(|piece| {
-            let is_taken = legs.iter().any(|leg| leg.takes(piece));
-            if !is_taken {
-                pool.extend_from_slice(&order[piece.visits.clone()]);
-            }
-            is_taken
-        });
-        pool.sort_unstable();
+        self.memory.reclaim();
         match orphan {
             Some(expert) => self.wait_or_give_up(expert),
             None => Ok(()),
@@ -311,7 +308,7 @@ impl<'a> Call<'a> {
                     let more = leg.flights.len() + 1 < leg.connection.max_in_flight
                         && queue.iter().any(|piece| leg.takes(piece));
                     if leg.flights.is_empty() {
-                        leg.moved = now;
+                        (leg.began, leg.moved) = (now, now);
                     }
                     let (batch, options) = (&self.batch, &self.peers.options);
                     leg.ask(piece, more, self.layer, batch, &self.memory.order, options)?;
@@ -448,10 +445,7 @@ impl<'a> Call<'a> {
                     .served_micros
                     .fetch_add(u64::from(header.micros), Ordering::Relaxed);
                 if leg.flights.is_empty() {
-                    let waited = leg.moved - leg.began;
-                    counters
-                        .waited_micros
-                        .fetch_add(waited.as_micros() as u64, Ordering::Relaxed);
+                    self.peers.waited(leg.peer, leg.moved - leg.began);
                 }
                 Heeded::Well
             }
@@ -481,10 +475,13 @@ impl<'a> Call<'a> {
                     _ => return Heeded::Lost(format!("it refused: {text}")),
                 }
                 let (_, piece) = leg.flights.swap_remove(flight);
+                if leg.flights.is_empty() {
+                    self.peers.waited(leg.peer, leg.moved - leg.began);
+                }
                 self.memory
                     .pool
                     .extend_from_slice(&self.memory.order[piece.visits]);
-                self.memory.pool.sort_unstable();
+                self.memory.reclaim();
                 Heeded::Well
             }
             (Kind::Refused, None) => {
@@ -495,6 +492,7 @@ impl<'a> Call<'a> {
                 leg.is_leaving = true;
                 self.peers
                     .lose_by(leg.peer, &leg.connection, "it is draining".into());
+                self.memory.reclaim();
                 Heeded::Well
             }
             (Kind::Rows, None) => Heeded::Lost("an answer to no question".into()),
@@ -505,27 +503,16 @@ impl<'a> Call<'a> {
     /// Leg `i` is over: its visits are without a row again, and its peer is down.
     fn fail(&mut self, i: usize, reason: String) {
         let leg = self.memory.legs.swap_remove(i);
+        let is_waited_for = !leg.flights.is_empty();
         for (_, piece) in leg.flights {
             self.memory
                 .pool
                 .extend_from_slice(&self.memory.order[piece.visits]);
         }
-        // What only this leg took must find another.
-        let Memory {
-            queue,
-            legs,
-            pool,
-            order,
-            ..
-        } = &mut *self.memory;
-        queue.retain(|piece| {
-            let is_taken = legs.iter().any(|leg| leg.takes(piece));
-            if !is_taken {
-                pool.extend_from_slice(&order[piece.visits.clone()]);
-            }
-            is_taken
-        });
-        pool.sort_unstable();
+        self.memory.reclaim();
+        if is_waited_for {
+            self.peers.waited(leg.peer, leg.began.elapsed());
+        }
         self.peers.discard(leg.peer, leg.connection, Some(reason));
     }
 
@@ -580,6 +567,27 @@ impl<'a> Call<'a> {
                     && !self.memory.shunned.contains(&(peer as u32))
             })
         })
+    }
+}
+
+impl Memory {
+    /// Puts back into the pool the pieces that no leg takes, to be routed again.
+    fn reclaim(&mut self) {
+        let Memory {
+            queue,
+            legs,
+            pool,
+            order,
+            ..
+        } = self;
+        queue.retain(|piece| {
+            let is_taken = legs.iter().any(|leg| leg.takes(piece));
+            if !is_taken {
+                pool.extend_from_slice(&order[piece.visits.clone()]);
+            }
+            is_taken
+        });
+        pool.sort_unstable();
     }
 }
 

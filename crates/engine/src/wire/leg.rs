@@ -33,6 +33,7 @@ pub(super) struct Leg {
     pub(super) flights: Vec<(u64, Piece)>,
     /// What it may be asked for, of this layer.
     pub(super) experts: Range<u32>,
+    /// When it was asked after it had nothing in flight.
     pub(super) began: Instant,
     /// When bytes moved last.
     pub(super) moved: Instant,

@@ -2,7 +2,8 @@
 //! not take at once is sent by a thread of the connection's own, which begins when it is first needed.
 //!
 //! Invariant: frames leave whole and in the order they were handed over, and a peer that takes none for the limit is
-//! cut off. How much may wait is bounded by the [`Held`] of each frame, which whoever made the frame accounts for.
+//! cut off. How much may wait is bounded twice: the bytes by the [`Held`] of each answer, which whoever made it accounts
+//! for, and the frames by [`WAITING_MAX`].
 
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind};
@@ -72,6 +73,9 @@ struct Waiting {
     _held: Option<Held>,
 }
 
+/// Frames that wait for a peer to take those before them. An honest node has fewer requests in flight; one that asks
+/// without listening would have its pongs and refusals, which no share accounts for, fill the memory.
+pub(super) const WAITING_MAX: usize = 64;
 /// Buffers kept for the next frames, and how large they may be.
 const SPARES_MAX: usize = 4;
 const SPARE_BYTES_MAX: usize = 1 << 20;
@@ -123,6 +127,10 @@ impl Outlet {
                     return self.close();
                 }
             }
+        }
+        if state.waiting.len() >= WAITING_MAX {
+            drop(state);
+            return self.close();
         }
         state.waiting.push_back(waiting);
         if state.has_thread {

@@ -182,8 +182,14 @@ impl Peers {
         };
         let until = until.min(Instant::now() + self.options.hello);
         match self.dial(peer, until) {
-            Ok((mut connection, _)) => {
+            Ok((mut connection, welcome)) => {
                 connection.generation = generation;
+                let is_known = self.states()[peer].welcome.as_ref() == Some(&welcome);
+                if !is_known {
+                    let reason = "it holds other weights than before".to_owned();
+                    self.discard(peer, connection, Some(reason));
+                    return Err(NoConnection::Lost);
+                }
                 Ok(connection)
             }
             Err(error) => {
@@ -224,6 +230,13 @@ impl Peers {
         }
     }
 
+    /// Counts the time in which requests were in flight to a peer.
+    pub(super) fn waited(&self, peer: usize, spent: Duration) {
+        self.counters[peer]
+            .waited_micros
+            .fetch_add(spent.as_micros() as u64, Ordering::Relaxed);
+    }
+
     /// Asks others first for a while.
     pub(super) fn busy(&self, peer: usize) {
         self.counters[peer].busy.fetch_add(1, Ordering::Relaxed);
@@ -254,7 +267,7 @@ impl Peers {
         self.revive(peer);
     }
 
-    /// Generation of the peer as this connection knew it.
+    /// Marks the peer of this connection down; the connection is used to its end.
     pub(super) fn lose_by(self: &Arc<Peers>, peer: usize, connection: &Connection, reason: String) {
         self.lose(peer, connection.generation, reason);
     }

@@ -84,6 +84,22 @@ pub enum ConnectError {
     },
 }
 
+impl ConnectError {
+    /// What to do about it.
+    pub fn hint(&self) -> &'static str {
+        match self {
+            ConnectError::Peers(_) => "name each weight server once: --ffn HOST:PORT,unix:/path",
+            ConnectError::Secret { .. } => "give both ends the same file by --secret-file",
+            ConnectError::Identity { .. } => {
+                "a node and its weight servers need the same vindex; compare larql dump"
+            }
+            ConnectError::Uncovered { .. } => {
+                "start the missing weight servers with larql serve, or name them with --ffn"
+            }
+        }
+    }
+}
+
 /// Weight servers that together hold the feed-forward weights of a model.
 pub struct Remote {
     peers: Arc<Peers>,

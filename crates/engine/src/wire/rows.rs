@@ -86,35 +86,34 @@ pub(super) fn encode(rows: &[f32], row_type: RowType, bytes: &mut [u8]) -> Resul
             }
             finite(rows)
         }
-        RowType::F16 => {
-            let mut chunk = [f16::ZERO; CHUNK];
-            let mut is_finite = true;
-            for (rows, bytes) in rows.chunks(CHUNK).zip(bytes.chunks_mut(2 * CHUNK)) {
-                let chunk = &mut chunk[..rows.len()];
-                chunk.convert_from_f32_slice(rows);
-                is_finite &= put(
-                    chunk.iter().map(|value| value.to_bits()),
-                    bytes,
-                    F16_EXPONENT,
-                );
-            }
-            is_finite.then_some(()).ok_or(NotFinite)
-        }
-        RowType::Bf16 => {
-            let mut chunk = [bf16::ZERO; CHUNK];
-            let mut is_finite = true;
-            for (rows, bytes) in rows.chunks(CHUNK).zip(bytes.chunks_mut(2 * CHUNK)) {
-                let chunk = &mut chunk[..rows.len()];
-                chunk.convert_from_f32_slice(rows);
-                is_finite &= put(
-                    chunk.iter().map(|value| value.to_bits()),
-                    bytes,
-                    BF16_EXPONENT,
-                );
-            }
-            is_finite.then_some(()).ok_or(NotFinite)
+        RowType::F16 => encode_halves(rows, bytes, f16::ZERO, f16::to_bits, F16_EXPONENT),
+        RowType::Bf16 => encode_halves(rows, bytes, bf16::ZERO, bf16::to_bits, BF16_EXPONENT),
+    }
+}
+
+/// Writes rows as numbers of 2 bytes, in chunks, which begin as `zero`.
+fn encode_halves<Half: Copy>(
+    rows: &[f32],
+    bytes: &mut [u8],
+    zero: Half,
+    to_bits: impl Fn(Half) -> u16,
+    exponent: u16,
+) -> Result<(), NotFinite>
+where
+    [Half]: HalfFloatSliceExt,
+{
+    let mut chunk = [zero; CHUNK];
+    let mut found = false;
+    for (rows, bytes) in rows.chunks(CHUNK).zip(bytes.chunks_mut(2 * CHUNK)) {
+        let chunk = &mut chunk[..rows.len()];
+        chunk.convert_from_f32_slice(rows);
+        for (word, half) in bytes.as_chunks_mut::<2>().0.iter_mut().zip(chunk) {
+            let bits = to_bits(*half);
+            found |= bits & exponent == exponent;
+            *word = bits.to_le_bytes();
         }
     }
+    if found { Err(NotFinite) } else { Ok(()) }
 }
 
 /// Reads `rows` from `bytes`, which has exactly their size.
@@ -157,15 +156,6 @@ fn finite(rows: &[f32]) -> Result<(), NotFinite> {
         found | (value.to_bits() & F32_EXPONENT == F32_EXPONENT)
     });
     if found { Err(NotFinite) } else { Ok(()) }
-}
-
-fn put(values: impl Iterator<Item = u16>, bytes: &mut [u8], exponent: u16) -> bool {
-    let mut found = false;
-    for (word, bits) in bytes.as_chunks_mut::<2>().0.iter_mut().zip(values) {
-        found |= bits & exponent == exponent;
-        *word = bits.to_le_bytes();
-    }
-    !found
 }
 
 #[cfg(test)]

@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 use super::frame::{Header, Kind, VISIT_BYTES, append_short, visits};
 use super::hello::{self, Identity, Session, Welcome};
 use super::inlet::Inlet;
-use super::outlet::{Held, Outlet};
+use super::outlet::{Held, Outlet, WAITING_MAX};
 use super::queue::{Job, Queue};
 use super::refusal::Refusal;
 use super::rows;
@@ -54,7 +54,7 @@ pub struct ServerLimits {
     pub handshakes: usize,
     /// Bytes of the rows of one frame, in f32.
     pub frame_bytes: usize,
-    /// Requests of one connection that wait for their answer.
+    /// Requests of one connection that wait for their answer: 1 to 32.
     pub in_flight: u32,
     /// Bytes of requests and answers, of all connections together; more is refused as busy.
     pub held_bytes: u64,
@@ -167,7 +167,7 @@ impl Server {
                 layers: options.layers.clone(),
                 experts: options.experts.clone(),
                 max_rows,
-                max_in_flight: options.limits.in_flight.max(1),
+                max_in_flight: options.limits.in_flight.clamp(1, WAITING_MAX as u32 / 2),
             },
             queue: Queue::new(ffn, hidden, options.limits.pass_rows, Arc::clone(&counters)),
             counters,

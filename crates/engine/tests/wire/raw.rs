@@ -20,6 +20,7 @@ pub(crate) const ROWS: u8 = 6;
 pub(crate) const REFUSED: u8 = 7;
 pub(crate) const PING: u8 = 8;
 pub(crate) const PONG: u8 = 9;
+pub(crate) const GOODBYE: u8 = 10;
 
 /// A frame, field by field; nothing is checked.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -192,6 +193,22 @@ pub(crate) fn forward(id: u64, layer: u32, rows: &[f32], hidden: u32, expert: u3
         n_rows,
         n_visits: n_rows,
         payload,
+        ..Frame::default()
+    }
+}
+
+/// The answer to a request of f32 rows, all zeros.
+pub(crate) fn zeros(request: &Frame) -> Frame {
+    // Rows of f32, and eight bytes for each visit.
+    let visit_bytes = request.n_visits as usize * 8;
+    let row_bytes = (request.payload.len() - visit_bytes) / request.n_rows as usize;
+    Frame {
+        kind: ROWS,
+        row_type: 1,
+        id: request.id,
+        layer: request.layer,
+        n_visits: request.n_visits,
+        payload: vec![0; request.n_visits as usize * row_bytes],
         ..Frame::default()
     }
 }
