@@ -3,13 +3,15 @@
 //! Read in this order: [`Forward`] (the pass, on one page), `attention.rs` and [`KvCache`] (what a row sees of the rows
 //! before it), [`FeedForward`] (the seam: one method over a batch of rows) and [`Local`] (the weights of this process),
 //! [`Request`] and [`Event`] (what goes in and comes out), [`Tokenizer`] and [`ChatTemplate`] (texts to tokens and back),
-//! [`Sampler`] and [`Grammar`] (logits to a token), [`Engine`] (many generations at once).
+//! [`Sampler`] and [`Grammar`] (logits to a token), [`Engine`] (many generations at once), [`Drafts`] (several tokens of
+//! one in a step).
 //!
 //! Invariant: a row's result depends on that row alone, not on the rows computed beside it, on threads, or on who
 //! computed it; so a split run gives bit for bit the logits of an unsplit one. No async and no HTTP here.
 
 mod attention;
 mod chat;
+mod draft;
 mod ffn;
 mod forward;
 mod grammar;
@@ -29,6 +31,7 @@ mod weights;
 pub mod wire;
 
 pub use chat::{ChatError, ChatTemplate, Conversation};
+pub use draft::{DRAFT_DEPTH_MAX, DraftChoice, DraftError, Drafts};
 pub use ffn::{Batch, FeedForward, FfnError, Visit};
 pub use forward::{Forward, StepError, Wanted, Work};
 pub use grammar::{Grammar, GrammarError, GrammarFactory};

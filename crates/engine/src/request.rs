@@ -150,6 +150,10 @@ pub struct Usage {
     pub cached_tokens: usize,
     /// Tokens generated, the one that ended the text included.
     pub completion_tokens: usize,
+    /// Guesses that were right: tokens of the answer that took no step of their own.
+    pub accepted_tokens: usize,
+    /// Guesses that were wrong.
+    pub rejected_tokens: usize,
 }
 
 /// Why a request was refused or ended early.

@@ -7,7 +7,7 @@
 //! 2. The thread (`worker.rs`) lets it run when there is a place and the cache has pages for its prompt. What other
 //!    prompts and answers have in common with it, in whole pages, is taken from them (`prefix.rs`).
 //! 3. Steps compute its prompt in pieces, then its answer token by token; after each the token is chosen and told
-//!    (`generation.rs`).
+//!    (`generation.rs`). Where somebody guesses, a step checks several tokens of an answer (`speculation.rs`).
 //! 4. When pages run out, prefixes that nobody runs are forgotten, the longest unused first; then the youngest
 //!    generation goes back to waiting, and is computed again later.
 //! 5. It ends, and what the cache knows of it stays for others.
@@ -18,6 +18,7 @@
 
 mod generation;
 mod prefix;
+mod speculation;
 mod worker;
 
 use std::fmt;
@@ -28,6 +29,7 @@ use std::time::Duration;
 
 use vindex::Config;
 
+use crate::draft::{DRAFT_DEPTH_MAX, Drafts};
 use crate::ffn::FeedForward;
 use crate::forward::Forward;
 use crate::kv::{KvCache, KvType, PAGE};
@@ -71,6 +73,10 @@ pub struct EngineOptions {
     pub context_max: Option<usize>,
     /// Takes what prompts have in common from the cache.
     pub reuse_prefixes: bool,
+    /// Who guesses tokens that the next step checks.
+    pub drafts: Drafts,
+    /// Tokens that are guessed for each generation; what was measured decides where this is `None`.
+    pub draft_depth: Option<usize>,
 }
 
 impl Default for EngineOptions {
@@ -83,6 +89,8 @@ impl Default for EngineOptions {
             prefill_chunk: 256,
             context_max: None,
             reuse_prefixes: true,
+            drafts: Drafts::None,
+            draft_depth: None,
         }
     }
 }
@@ -120,6 +128,14 @@ pub struct EngineStats {
     pub n_cached: u64,
     /// Tokens generated.
     pub n_generated: u64,
+    /// Steps of generations for which tokens were guessed.
+    pub n_drafts: u64,
+    /// Tokens that were guessed.
+    pub n_drafted: u64,
+    /// Of these, those that were right.
+    pub n_accepted: u64,
+    /// Of these, those that were the first, the second, … guess of their step.
+    pub n_accepted_at: [u64; DRAFT_DEPTH_MAX],
     /// Requests that ended with an answer.
     pub n_finished: u64,
     /// Requests that ended with an error, the cancelled ones included.
@@ -132,6 +148,8 @@ pub struct EngineStats {
     pub n_steps: u64,
     /// Time in steps: the forward pass, without choosing and telling tokens.
     pub in_steps: Duration,
+    /// Time that guessing took.
+    pub in_drafts: Duration,
     /// Rows of the last step.
     pub last_step_rows: usize,
     /// Time of the last step.

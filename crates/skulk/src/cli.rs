@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
-use engine::KvType;
 use engine::wire::{Address, RowType};
+use engine::{DraftChoice, KvType};
 
 use crate::model::Model;
 use crate::plan::Bytes;
@@ -87,6 +87,13 @@ pub(crate) struct Serve {
     /// Sequences that may wait; more are refused
     #[arg(long, value_name = "N", default_value = "256")]
     pub(crate) max_waiting: usize,
+    /// Who guesses tokens that the next step checks (docs/drafting.md): none, or ngram for what came after the same words
+    /// before
+    #[arg(long, value_name = "WHO", default_value = "none")]
+    pub(crate) draft: DraftChoice,
+    /// Guess so many tokens each time, up to 8 [default: as many as pay, by what steps take and how often guesses are right]
+    #[arg(long, value_name = "N")]
+    pub(crate) draft_depth: Option<NonZeroUsize>,
     /// How long answers under way may take after a request to terminate
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = humantime::parse_duration)]
     pub(crate) drain: Duration,

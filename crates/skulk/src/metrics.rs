@@ -9,7 +9,7 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use engine::wire::{PeerStats, RemoteStats};
-use engine::{Event, FinishReason};
+use engine::{DRAFT_DEPTH_MAX, Event, FinishReason};
 use metrics::{Counter, Histogram, Key, Label, Level, Metadata, Recorder, SharedString, Unit};
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusRecorder};
 
@@ -26,12 +26,16 @@ const PROMPT_TOKENS: &str = "vllm:prompt_tokens_total";
 const GENERATION_TOKENS: &str = "vllm:generation_tokens_total";
 const PREFIX_QUERIES: &str = "vllm:prefix_cache_queries_total";
 const PREFIX_HITS: &str = "vllm:prefix_cache_hits_total";
+const DRAFTS: &str = "vllm:spec_decode_num_drafts_total";
+const DRAFTED: &str = "vllm:spec_decode_num_draft_tokens_total";
+const ACCEPTED: &str = "vllm:spec_decode_num_accepted_tokens_total";
+const ACCEPTED_AT: &str = "vllm:spec_decode_num_accepted_tokens_per_pos_total";
 const SUCCESS: &str = "vllm:request_success_total";
 const FAILED: &str = "skulk_requests_failed_total";
 const REFUSED: &str = "skulk_requests_refused_total";
 
 /// What each name means, in the words of its `# HELP` line.
-const COUNTERS: [(&str, &str); 7] = [
+const COUNTERS: [(&str, &str); 11] = [
     (PROMPT_TOKENS, "Prompt tokens of requests that finished"),
     (GENERATION_TOKENS, "Tokens that were generated"),
     (
@@ -39,6 +43,13 @@ const COUNTERS: [(&str, &str); 7] = [
         "Prompt tokens that were looked for in the cache",
     ),
     (PREFIX_HITS, "Prompt tokens that were found in the cache"),
+    (DRAFTS, "Steps of sequences for which tokens were guessed"),
+    (DRAFTED, "Tokens that were guessed"),
+    (ACCEPTED, "Guessed tokens that were right"),
+    (
+        ACCEPTED_AT,
+        "Guessed tokens that were right, by their place among those of their step",
+    ),
     (SUCCESS, "Requests that finished, by reason"),
     (FAILED, "Requests that ended with an error"),
     (REFUSED, "Requests that were refused, by status"),
@@ -87,6 +98,21 @@ pub(crate) struct Load {
     pub(crate) n_waiting: usize,
     /// 0 to 1.
     pub(crate) kv_usage: f64,
+    /// What guessing tokens did, where somebody guesses.
+    pub(crate) drafts: Option<DraftCounts>,
+}
+
+/// What guessing tokens did since the node came up.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct DraftCounts {
+    /// Steps of sequences.
+    pub(crate) n: u64,
+    /// Tokens that were guessed.
+    pub(crate) n_tokens: u64,
+    /// Of these, those that were right.
+    pub(crate) n_accepted: u64,
+    /// By their place.
+    pub(crate) n_accepted_at: [u64; DRAFT_DEPTH_MAX],
 }
 
 /// The node's numbers.
@@ -183,11 +209,33 @@ impl Metrics {
             let key = Key::from_parts(name, self.labels.clone());
             self.recorder.register_gauge(&key, &META).set(value);
         }
+        if let Some(drafts) = load.drafts {
+            self.drafts(&drafts);
+        }
         let mut text = self.recorder.handle().render();
         if let Some(remote) = remote {
             split(remote, &mut text);
         }
         text
+    }
+}
+
+impl Metrics {
+    fn drafts(&self, drafts: &DraftCounts) {
+        for (name, value) in [
+            (DRAFTS, drafts.n),
+            (DRAFTED, drafts.n_tokens),
+            (ACCEPTED, drafts.n_accepted),
+        ] {
+            let key = Key::from_parts(name, self.labels.clone());
+            self.recorder.register_counter(&key, &META).absolute(value);
+        }
+        for (place, value) in drafts.n_accepted_at.into_iter().enumerate() {
+            let mut labels = self.labels.clone();
+            labels.push(Label::new("position", place.to_string()));
+            let key = Key::from_parts(ACCEPTED_AT, labels);
+            self.recorder.register_counter(&key, &META).absolute(value);
+        }
     }
 }
 
@@ -389,6 +437,8 @@ mod tests {
             prompt_tokens: 7,
             cached_tokens: 4,
             completion_tokens: 3,
+            accepted_tokens: 1,
+            rejected_tokens: 1,
         };
         let finished = Event::Finished {
             reason: FinishReason::Length,
@@ -402,6 +452,12 @@ mod tests {
             n_running: 2,
             n_waiting: 1,
             kv_usage: 0.25,
+            drafts: Some(DraftCounts {
+                n: 2,
+                n_tokens: 5,
+                n_accepted: 3,
+                n_accepted_at: [2, 1, 0, 0, 0, 0, 0, 0],
+            }),
         };
         let text = metrics.render(load, None);
         for line in [
@@ -417,6 +473,9 @@ mod tests {
             "vllm:prefix_cache_hits_total{model_name=\"kjv\"} 4",
             "vllm:request_success_total{model_name=\"kjv\",finished_reason=\"length\"} 1",
             "vllm:request_success_total{model_name=\"kjv\",finished_reason=\"abort\"} 0",
+            "vllm:spec_decode_num_draft_tokens_total{model_name=\"kjv\"} 5",
+            "vllm:spec_decode_num_accepted_tokens_total{model_name=\"kjv\"} 3",
+            "vllm:spec_decode_num_accepted_tokens_per_pos_total{model_name=\"kjv\",position=\"1\"} 1",
             "skulk_requests_refused_total{model_name=\"kjv\",status=\"401\"} 1",
         ] {
             assert!(text.lines().any(|l| l == line), "{line}\n---\n{text}");

@@ -11,7 +11,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use engine::wire::{ConnectError, Identity, Remote, RemoteOptions, Secret};
 use engine::{
-    Engine, EngineOptions, EngineParts, FeedForward, GrammarFactory, Local, Pool, Tokenizer,
+    DraftChoice, Drafts, Engine, EngineOptions, EngineParts, FeedForward, GrammarFactory, Local,
+    Pool, Tokenizer,
 };
 use terminal::{Failure, Output, tell};
 use tokio::net::TcpListener;
@@ -161,6 +162,8 @@ fn node(
         n_running_max: args.max_running.get(),
         n_waiting_max: args.max_waiting,
         context_max: args.context.map(usize::from),
+        drafts: Drafts::open(&args.draft).map_err(Failure::of(unusable()))?,
+        draft_depth: args.draft_depth.map(usize::from),
         ..EngineOptions::default()
     };
     options.kv_bytes_max = match args.kv_memory {
@@ -174,6 +177,7 @@ fn node(
         tokenizer: Some(tokenizer.clone()),
     };
     let engine = Engine::start(parts, options).map_err(Failure::of(unusable()))?;
+    let drafts = !matches!(args.draft, DraftChoice::None);
     let n_places = args.max_running.get().saturating_add(args.max_waiting);
     Ok(Node {
         context: engine.context(),
@@ -186,6 +190,7 @@ fn node(
         large_bodies: Semaphore::new(LARGE_BODIES_MAX),
         stopping: AtomicBool::new(false),
         engine,
+        drafts,
         tokenizer,
         template,
         name,

@@ -1,7 +1,8 @@
 //! One request on its way: its tokens, what chooses the next one, and whom they are told.
 //!
 //! Invariant: the sink hears exactly one last event and nothing after it; a generation that is dropped tells that the
-//! engine is stopping. Left out: when it is computed.
+//! engine is stopping. Each token is chosen from a row of logits of its own, guessed or not, in order. Left out: when it
+//! is computed, and who guesses.
 
 use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -10,7 +11,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use super::{Place, Shared};
-use crate::grammar::Grammar;
+use crate::draft::depth::{Experience, GENERATION_MEMORY};
+use crate::forward::{Wanted, Work};
+use crate::grammar::{Grammar, GrammarError};
 use crate::kv::{KvCache, Sequence};
 use crate::request::{EngineError, Event, FinishReason, Request, Sink, Token, TokenLogprob, Usage};
 use crate::sampler::{Sampler, logprobs};
@@ -26,6 +29,18 @@ pub(super) struct Generation {
     pub(super) sequence: Sequence,
     /// How many tokens the step that is being made takes in.
     pub(super) n_planned: usize,
+    /// Guesses of what comes after `tokens`, which that step checks; only where it takes in their last one alone.
+    pub(super) drafted: Vec<u32>,
+    /// The kind of the first of them.
+    pub(super) draft_kind: usize,
+    /// How many of them were right, when that is known.
+    pub(super) n_right: usize,
+    /// How often guesses for this text were right.
+    pub(super) experience: Experience,
+    /// The last token and `drafted`.
+    rows: Vec<u32>,
+    n_accepted: usize,
+    n_rejected: usize,
     n_prompt: usize,
     /// `tokens` at most.
     n_tokens_max: usize,
@@ -42,7 +57,10 @@ pub(super) struct Generation {
     /// `None` when the last event was told, or nobody listens.
     sink: Option<Sink>,
     has_finished: bool,
-    chosen: Option<Result<Chosen, EngineError>>,
+    /// In the order in which they will be told.
+    chosen: Vec<Chosen>,
+    /// Why none could be chosen after them.
+    failed: Option<EngineError>,
     /// Logits after penalties and grammar, (vocabulary).
     adjusted: Vec<f32>,
     _place: Place,
@@ -53,6 +71,17 @@ struct Chosen {
     id: u32,
     logprob: Option<f32>,
     top: Vec<TokenLogprob>,
+    end: Option<End>,
+}
+
+/// That a token is the last one, whatever the text says.
+enum End {
+    /// It is one that ends a text.
+    Eos,
+    /// Nothing may follow it.
+    Complete,
+    /// It is not one that may come here.
+    Refused(GrammarError),
 }
 
 impl Generation {
@@ -71,6 +100,13 @@ impl Generation {
             number,
             sequence: shared.cache.sequence(),
             n_planned: 0,
+            drafted: Vec::new(),
+            draft_kind: 0,
+            n_right: 0,
+            experience: Experience::default(),
+            rows: Vec::new(),
+            n_accepted: 0,
+            n_rejected: 0,
             n_prompt,
             n_tokens_max: n_prompt
                 .saturating_add(request.max_tokens)
@@ -90,7 +126,8 @@ impl Generation {
             cancelled: Arc::default(),
             sink: Some(sink),
             has_finished: false,
-            chosen: None,
+            chosen: Vec::new(),
+            failed: None,
             adjusted: Vec::new(),
             tokens: request.prompt,
             _place: place,
@@ -112,15 +149,38 @@ impl Generation {
         self.tokens.len() - self.sequence.len()
     }
 
-    /// The tokens of the step that is being made.
-    pub(super) fn planned(&mut self) -> (&mut Sequence, &[u32], bool) {
+    /// Tokens that may still come before the last one.
+    pub(super) fn n_room(&self) -> usize {
+        self.n_tokens_max.saturating_sub(self.tokens.len() + 1)
+    }
+
+    /// The tokens of the step that is being made, guesses included.
+    pub(super) fn planned(&mut self) -> Work<'_> {
         let start = self.sequence.len();
         let end = start + self.n_planned;
-        (
-            &mut self.sequence,
-            &self.tokens[start..end],
-            end == self.tokens.len(),
-        )
+        let (tokens, logits) = match (end == self.tokens.len(), self.drafted.is_empty()) {
+            (false, _) => (&self.tokens[start..end], Wanted::Nothing),
+            (true, true) => (&self.tokens[start..end], Wanted::Last),
+            (true, false) => {
+                self.rows.clear();
+                self.rows.extend_from_slice(&self.tokens[start..end]);
+                self.rows.extend_from_slice(&self.drafted);
+                (&self.rows[..], Wanted::All)
+            }
+        };
+        Work {
+            sequence: &mut self.sequence,
+            tokens,
+            logits,
+        }
+    }
+
+    /// Rows of logits that the step gave for it.
+    pub(super) fn n_rows_asked(&self) -> usize {
+        match self.n_planned > 0 && self.sequence.len() >= self.tokens.len() {
+            true => 1 + self.drafted.len(),
+            false => 0,
+        }
     }
 
     /// Counts tokens that were found in the cache.
@@ -163,9 +223,55 @@ impl Generation {
         }
     }
 
-    /// Chooses the next token from `logits`, (vocabulary). May be called on any thread.
-    pub(super) fn choose(&mut self, logits: &[f32]) {
-        self.chosen = Some(self.choice(logits));
+    /// Chooses the next token from each row of `logits`, `(rows asked, vocabulary)`, until one is not what was guessed,
+    /// or the last. May be called on any thread.
+    pub(super) fn choose(&mut self, logits: &[f32], n_vocab: usize) {
+        self.choose_all(logits, n_vocab);
+        let ids = self.chosen.iter().map(|chosen| chosen.id);
+        let n_right = ids
+            .zip(&self.drafted)
+            .take_while(|(id, guess)| id == *guess);
+        let n_right = n_right.count();
+        self.n_accepted += n_right;
+        self.n_rejected += self.drafted.len() - n_right;
+        for i in 0..self.drafted.len().min(n_right + 1) {
+            let kind = self.draft_kind + i;
+            self.experience.count(kind, i < n_right, GENERATION_MEMORY);
+        }
+        self.n_right = n_right;
+    }
+
+    fn choose_all(&mut self, logits: &[f32], n_vocab: usize) {
+        for (row, logits) in logits.chunks_exact(n_vocab).enumerate() {
+            match self.choice(logits) {
+                Ok(mut chosen) => {
+                    let id = chosen.id;
+                    chosen.end = self.take(id);
+                    let is_last = chosen.end.is_some();
+                    self.chosen.push(chosen);
+                    if is_last || self.drafted.get(row) != Some(&id) {
+                        return;
+                    }
+                }
+                Err(error) => {
+                    self.failed = Some(error);
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Goes on behind a token that was chosen.
+    fn take(&mut self, id: u32) -> Option<End> {
+        self.sampler.accept(id);
+        if self.eos.contains(&id) && !self.ignore_eos {
+            return Some(End::Eos);
+        }
+        let grammar = self.grammar.as_mut()?;
+        match grammar.accept(id) {
+            Err(error) => Some(End::Refused(error)),
+            Ok(()) => grammar.is_complete().then_some(End::Complete),
+        }
     }
 
     fn choice(&mut self, logits: &[f32]) -> Result<Chosen, EngineError> {
@@ -193,31 +299,53 @@ impl Generation {
             }
             None => (None, Vec::new()),
         };
-        Ok(Chosen { id, logprob, top })
+        Ok(Chosen {
+            id,
+            logprob,
+            top,
+            end: None,
+        })
     }
 
-    /// Tells the token that was chosen, if one was, and ends when it was the last. True when there was a token.
-    pub(super) fn tell(&mut self) -> bool {
-        let Chosen { id, logprob, top } = match self.chosen.take() {
-            None => return false,
-            Some(Ok(chosen)) => chosen,
-            Some(Err(error)) => {
-                self.fail(error);
-                return false;
+    /// Tells the tokens that were chosen, ends when the last was among them, and forgets guesses that were wrong. Gives
+    /// the number of tokens.
+    pub(super) fn tell(&mut self) -> usize {
+        let mut n = 0;
+        for chosen in std::mem::take(&mut self.chosen) {
+            if self.is_over() {
+                break;
             }
-        };
+            self.tell_one(chosen);
+            n += 1;
+        }
+        if let Some(error) = self.failed.take() {
+            self.fail(error);
+        }
+        self.sequence
+            .truncate(self.sequence.len().min(self.tokens.len() - 1));
+        n
+    }
+
+    fn tell_one(&mut self, chosen: Chosen) {
+        let Chosen {
+            id,
+            logprob,
+            top,
+            end,
+        } = chosen;
         self.tokens.push(id);
-        self.sampler.accept(id);
-        if self.eos.contains(&id) && !self.ignore_eos {
-            self.finish(FinishReason::Stop);
-            return true;
-        }
-        if let Some(grammar) = &mut self.grammar
-            && let Err(e) = grammar.accept(id)
-        {
-            self.fail(EngineError::Invalid(format!("the grammar: {e}")));
-            return true;
-        }
+        let is_complete = match end {
+            Some(End::Eos) => {
+                self.finish(FinishReason::Stop);
+                return;
+            }
+            Some(End::Refused(error)) => {
+                self.fail(EngineError::Invalid(format!("the grammar: {error}")));
+                return;
+            }
+            Some(End::Complete) => true,
+            None => false,
+        };
         let text = match &mut self.text {
             Some((tokenizer, decoder)) => decoder.push(tokenizer, id),
             None => String::new(),
@@ -231,12 +359,11 @@ impl Generation {
         }));
         if passed.stopped {
             self.end(FinishReason::Stop, String::new());
-        } else if self.grammar.as_ref().is_some_and(Grammar::is_complete) {
+        } else if is_complete {
             self.finish(FinishReason::Stop);
         } else if self.tokens.len() >= self.n_tokens_max {
             self.finish(FinishReason::Length);
         }
-        true
     }
 
     /// Ends with the text that was held back.
@@ -257,6 +384,8 @@ impl Generation {
             prompt_tokens: self.n_prompt,
             cached_tokens: self.n_cached,
             completion_tokens: self.n_generated(),
+            accepted_tokens: self.n_accepted,
+            rejected_tokens: self.n_rejected,
         };
         self.emit_last(Event::Finished {
             reason,

@@ -9,8 +9,9 @@ use std::time::{Duration, Instant};
 
 use super::generation::Generation;
 use super::prefix::{Prefixes, in_common};
+use super::speculation::Speculation;
 use super::{Closing, EngineOptions, EngineStats, Shared};
-use crate::forward::{Forward, StepError, Wanted, Work};
+use crate::forward::{Forward, StepError, Work};
 use crate::kv::Sequence;
 use crate::request::EngineError;
 use crate::threads::Pool;
@@ -34,6 +35,7 @@ pub(super) struct Worker {
     prefixes: Prefixes,
     stats: EngineStats,
     pace: Pace,
+    speculation: Option<Speculation>,
 }
 
 /// What steps took, to choose how much of the prompts the next one takes in.
@@ -54,6 +56,7 @@ impl Worker {
     ) -> Worker {
         let stats = shared.lock().stats;
         Worker {
+            speculation: Speculation::of(&options),
             shared,
             forward,
             pool,
@@ -92,7 +95,8 @@ impl Worker {
             return closing.is_none();
         }
         self.admit();
-        self.plan();
+        let n_pages_left = self.plan();
+        self.speculate(n_pages_left);
         self.step();
         self.sweep();
         self.publish();
@@ -197,14 +201,15 @@ impl Worker {
         best
     }
 
-    /// Says how many tokens of each generation the next step takes in.
-    fn plan(&mut self) {
+    /// Says how many tokens of each generation the next step takes in. Gives the number of pages that are left then.
+    fn plan(&mut self) -> usize {
         let is_decoding = self.running.iter().any(|g| g.n_missing() == 1);
         let mut n_left = self.prefill_budget(is_decoding);
         let mut n_pages_planned = 0;
         let mut i = 0;
         while i < self.running.len() {
             self.running[i].n_planned = 0;
+            self.running[i].drafted.clear();
             if self.running[i].n_missing() > 1 {
                 self.reuse(i);
             }
@@ -235,6 +240,17 @@ impl Worker {
             }
             self.running[i].n_planned = n;
             i += 1;
+        }
+        self.shared.cache.n_free().saturating_sub(n_pages_planned)
+    }
+
+    /// Guesses tokens for those whose next one the step computes.
+    fn speculate(&mut self, n_pages_left: usize) {
+        if let Some(speculation) = &mut self.speculation {
+            let started = Instant::now();
+            let prefill_s = self.pace.prefill_s;
+            speculation.draft(&mut self.running, prefill_s, n_pages_left);
+            self.stats.in_drafts += started.elapsed();
         }
     }
 
@@ -271,6 +287,7 @@ impl Worker {
         self.stats.n_preempted += 1;
         self.keep(&mut generation);
         generation.n_planned = 0;
+        generation.drafted.clear();
         let at = self
             .waiting
             .partition_point(|g| g.number < generation.number);
@@ -295,6 +312,7 @@ impl Worker {
             running,
             stats,
             pool,
+            speculation,
             ..
         } = self;
         let mut n_prefill = 0;
@@ -303,16 +321,7 @@ impl Worker {
             if generation.n_missing() > 1 {
                 n_prefill += generation.n_planned;
             }
-            let (sequence, tokens, is_last) = generation.planned();
-            works.push(Work {
-                sequence,
-                tokens,
-                logits: if is_last {
-                    Wanted::Last
-                } else {
-                    Wanted::Nothing
-                },
-            });
+            works.push(generation.planned());
         }
         // The oldest takes part in every step; were it not so, nobody would ever end.
         assert!(!works.is_empty(), "a step takes in some tokens");
@@ -329,17 +338,20 @@ impl Worker {
         match stepped {
             Ok(logits) => {
                 stats.n_prefilled += n_prefill as u64;
-                let asked = running
-                    .iter_mut()
-                    .filter(|g| g.n_planned > 0 && g.n_missing() == 0);
-                pool.for_each(
-                    asked.zip(logits.chunks_exact(n_vocab)),
-                    |(generation, logits)| {
-                        generation.choose(logits);
-                    },
-                );
+                let mut rest = logits;
+                let asked = running.iter_mut().filter(|g| g.n_rows_asked() > 0);
+                let asked = asked.map(|generation| {
+                    let n = generation.n_rows_asked() * n_vocab;
+                    (generation, rest.split_off(..n).unwrap_or_default())
+                });
+                pool.for_each(asked, |(generation, logits)| {
+                    generation.choose(logits, n_vocab);
+                });
+                if let Some(speculation) = speculation {
+                    speculation.learn(running, took, n_prefill, stats);
+                }
                 for generation in running.iter_mut() {
-                    stats.n_generated += u64::from(generation.tell());
+                    stats.n_generated += generation.tell() as u64;
                 }
                 self.pace.measure(took, n_prefill, n_rows - n_prefill);
             }

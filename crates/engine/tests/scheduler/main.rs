@@ -1,5 +1,6 @@
 //! The engine from outside: requests in, events out, over extracted vindexes.
 
+mod drafts;
 mod failures;
 mod limits;
 mod sameness;

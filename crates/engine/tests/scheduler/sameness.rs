@@ -18,7 +18,7 @@ const FAMILIES: [&str; 9] = [
     "qwen3_moe",
 ];
 
-fn family(name: &str) -> Loaded {
+pub(super) fn family(name: &str) -> Loaded {
     Loaded::new(&format!("fixtures/models/{name}"))
 }
 
@@ -50,7 +50,7 @@ fn greedy_tokens_are_those_of_the_forward_pass() {
 }
 
 /// Requests of every kind: short and long, greedy and not, some with a beginning in common.
-fn many(loaded: &Loaded) -> Vec<Request> {
+pub(super) fn many(loaded: &Loaded) -> Vec<Request> {
     let common = loaded.prompt(99, 130);
     (0..33)
         .map(|i| {
@@ -79,7 +79,7 @@ fn many(loaded: &Loaded) -> Vec<Request> {
         .collect()
 }
 
-fn all_at_once(engine: &Engine, requests: Vec<Request>) -> Vec<Vec<u32>> {
+pub(super) fn all_at_once(engine: &Engine, requests: Vec<Request>) -> Vec<Vec<u32>> {
     let streams: Vec<_> = requests.into_iter().map(|r| submit(engine, r)).collect();
     let answers = streams.iter().map(|(_, events)| answer(events));
     answers

@@ -39,13 +39,18 @@ pub(super) fn usage(
         prompt += usage.prompt_tokens;
         cached += usage.cached_tokens;
     }
-    let completion: usize = choices
-        .into_iter()
-        .map(|usage| usage.completion_tokens)
-        .sum();
+    let (mut completion, mut accepted, mut rejected) = (0, 0, 0);
+    for usage in choices {
+        completion += usage.completion_tokens;
+        accepted += usage.accepted_tokens;
+        rejected += usage.rejected_tokens;
+    }
     json!({
         "prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": cached},
+        "completion_tokens_details": {
+            "accepted_prediction_tokens": accepted, "rejected_prediction_tokens": rejected,
+        },
     })
 }
 
@@ -297,6 +302,8 @@ mod tests {
             prompt_tokens,
             cached_tokens,
             completion_tokens,
+            accepted_tokens: completion_tokens / 2,
+            rejected_tokens: 1,
         }
     }
 
@@ -354,7 +361,8 @@ mod tests {
         assert_eq!(
             usage([choices[0]], choices),
             json!({"prompt_tokens": 10, "completion_tokens": 8, "total_tokens": 18,
-                "prompt_tokens_details": {"cached_tokens": 4}})
+                "prompt_tokens_details": {"cached_tokens": 4},
+                "completion_tokens_details": {"accepted_prediction_tokens": 3, "rejected_prediction_tokens": 2}})
         );
     }
 

@@ -17,7 +17,7 @@ use super::answer::{Head, random};
 use super::calls::Spelling;
 use crate::error::ApiError;
 use crate::keys::Keys;
-use crate::metrics::{Load, Metrics};
+use crate::metrics::{DraftCounts, Load, Metrics};
 use crate::request::Common;
 
 /// A model that is served.
@@ -41,6 +41,8 @@ pub(crate) struct Node {
     pub(crate) remote: Option<Arc<Remote>>,
     pub(crate) keys: Keys,
     pub(crate) metrics: Arc<Metrics>,
+    /// Whether tokens are guessed.
+    pub(crate) drafts: bool,
     /// Requests that are taken at once.
     pub(crate) places: Arc<Semaphore>,
     /// Large bodies that are read at once.
@@ -102,6 +104,12 @@ impl Node {
             n_running: stats.n_running,
             n_waiting: stats.n_waiting,
             kv_usage: stats.n_pages_used as f64 / stats.n_pages.max(1) as f64,
+            drafts: self.drafts.then_some(DraftCounts {
+                n: stats.n_drafts,
+                n_tokens: stats.n_drafted,
+                n_accepted: stats.n_accepted,
+                n_accepted_at: stats.n_accepted_at,
+            }),
         }
     }
 
