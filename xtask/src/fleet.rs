@@ -7,9 +7,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
-use crate::build::{self, Done};
+use crate::build::Done;
 
 /// What all processes of a fleet share.
 pub(crate) struct Fleet {
@@ -18,6 +19,9 @@ pub(crate) struct Fleet {
     /// What servers and nodes share.
     pub(crate) secret_file: PathBuf,
 }
+
+/// Silence after which a node asks a replica.
+pub(crate) const STALL: Duration = Duration::from_millis(500);
 
 /// A weight server.
 pub(crate) struct Server {
@@ -78,8 +82,14 @@ impl Fleet {
         Ok(server)
     }
 
-    /// Starts a generation of `n_tokens` with feed-forward rows from `servers`; without any, on its own.
-    pub(crate) fn generate(&self, n_tokens: usize, servers: &[&str]) -> Done<Node> {
+    /// Starts a generation of `n_tokens` with feed-forward rows from `servers`, each layer within `deadline`; without
+    /// servers, on its own.
+    pub(crate) fn generate(
+        &self,
+        n_tokens: usize,
+        servers: &[&str],
+        deadline: Duration,
+    ) -> Done<Node> {
         let ids: Vec<String> = (0..24).map(|i| (20 + i * 7 % 200).to_string()).collect();
         let mut command = Command::new(&self.larql);
         command
@@ -95,7 +105,15 @@ impl Fleet {
         if !servers.is_empty() {
             command
                 .args(["--ffn", &servers.join(","), "--secret-file"])
-                .arg(&self.secret_file);
+                .arg(&self.secret_file)
+                .args([
+                    "--ffn-stall",
+                    &humantime::format_duration(STALL).to_string(),
+                ])
+                .args([
+                    "--ffn-deadline",
+                    &humantime::format_duration(deadline).to_string(),
+                ]);
         }
         let child = command
             .stdout(Stdio::piped())
@@ -118,12 +136,9 @@ impl Server {
     }
 
     /// Stops it (`STOP`) or lets it go on (`CONT`).
-    pub(crate) fn signal(&self, name: &str) -> Done {
-        build::run(
-            Command::new("kill")
-                .arg(format!("-{name}"))
-                .arg(self.child.id().to_string()),
-        )
+    pub(crate) fn signal(&self, signal: Signal) -> Done {
+        kill_process(Pid::from_child(&self.child), signal)
+            .map_err(|error| format!("cannot signal larql serve: {error}"))
     }
 }
 
@@ -170,8 +185,8 @@ impl Node {
             .map_err(|error| format!("cannot wait for larql run: {error}"))
     }
 
-    /// Waits for the end; how it ended and how long it took.
-    pub(crate) fn wait(mut self, limit: Duration) -> Done<(Ended, Duration)> {
+    /// Waits for the end; how it ended.
+    pub(crate) fn wait(mut self, limit: Duration) -> Done<Ended> {
         let mut child = self.child.take().ok_or("a generation is waited for once")?;
         loop {
             let ended = child
@@ -183,18 +198,16 @@ impl Node {
             if self.began.elapsed() > limit {
                 let _ = child.kill();
                 let _ = child.wait();
-                return Ok((Ended::Hung, self.began.elapsed()));
+                return Ok(Ended::Hung);
             }
             std::thread::sleep(Duration::from_millis(2));
         }
-        let spent = self.began.elapsed();
         let output = child
             .wait_with_output()
             .map_err(|error| format!("cannot read larql run: {error}"))?;
         if !output.status.success() {
-            return Ok((
-                Ended::Error(String::from_utf8_lossy(&output.stderr).trim().to_owned()),
-                spent,
+            return Ok(Ended::Error(
+                String::from_utf8_lossy(&output.stderr).trim().to_owned(),
             ));
         }
         let told: Value = serde_json::from_slice(&output.stdout)
@@ -202,9 +215,8 @@ impl Node {
         let ids = told["ids"]
             .as_array()
             .ok_or("larql run --json told no ids")?;
-        Ok((
-            Ended::Tokens(ids.iter().filter_map(Value::as_u64).collect()),
-            spent,
+        Ok(Ended::Tokens(
+            ids.iter().filter_map(Value::as_u64).collect(),
         ))
     }
 }

@@ -44,6 +44,9 @@ enum Command {
         /// How often each failure is repeated.
         #[arg(long, default_value_t = 100)]
         rounds: usize,
+        /// The failures whose name has this in it, and no others.
+        #[arg(long, default_value = "")]
+        only: String,
         /// The larql to use [default: built now]
         #[arg(long)]
         larql: Option<std::path::PathBuf>,
@@ -78,7 +81,11 @@ fn main() -> ExitCode {
             what: What::Extract,
         } => bench::run(),
         Command::Bench { what: What::Serve } => speed::run(),
-        Command::Failure { rounds, larql } => failure::run(rounds, larql),
+        Command::Failure {
+            rounds,
+            only,
+            larql,
+        } => failure::run(rounds, &only, larql),
         Command::Proxy {
             listen,
             to,

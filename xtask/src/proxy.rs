@@ -1,7 +1,7 @@
-//! A bad network between two programs of this machine: a proxy for TCP and Unix sockets that delays, bundles, stalls or
-//! cuts what passes, because the kernels of test machines often can't (`netem`).
+//! A bad network between two programs of this machine: a proxy for TCP and Unix sockets that delays, bundles, stalls,
+//! garbles or cuts what passes, because the kernels of test machines often can't (`netem`).
 //!
-//! Invariant: bytes arrive in order and unchanged, or not at all; a delay limits no throughput, since each chunk waits
+//! Invariant: unless they are garbled, bytes arrive in order and unchanged, or not at all; a delay limits no throughput, since each chunk waits
 //! on its own and not behind the delay of the one before.
 
 use std::io::{self, Read, Write};
@@ -57,6 +57,7 @@ pub(crate) fn run(listen: &str, to: &str, network: Network) -> Result<(), String
 #[derive(Debug, Default)]
 pub(crate) struct Cable {
     is_pulled: AtomicBool,
+    is_noisy: AtomicBool,
     n_passed: AtomicU64,
 }
 
@@ -69,6 +70,11 @@ impl Cable {
     /// What was held passes, and all that follows.
     pub(crate) fn plug(&self) {
         self.is_pulled.store(false, Ordering::SeqCst);
+    }
+
+    /// From now on no byte arrives as it was sent.
+    pub(crate) fn garble(&self) {
+        self.is_noisy.store(true, Ordering::SeqCst);
     }
 
     /// Bytes that passed, both ways, over all connections.
@@ -115,6 +121,8 @@ pub(crate) fn start(
 }
 
 const TICK: Duration = Duration::from_millis(1);
+/// What a noisy cable does to every byte.
+const NOISE: u8 = 0x55;
 /// Chunks under way in one direction: more than any delay and window of ours need.
 const CHUNKS: usize = 4096;
 const CHUNK_BYTES: usize = 64 << 10;
@@ -143,10 +151,13 @@ fn connect(here: Stream, there: Stream, network: &Network, cable: &Arc<Cable>) {
         let ends = [here.again(), there.again()];
         thread::spawn(move || {
             let shutdown = || ends.iter().flatten().for_each(Stream::shutdown);
-            for (due, chunk) in receiver {
+            for (due, mut chunk) in receiver {
                 thread::sleep(due.saturating_duration_since(Instant::now()));
                 while cable.is_pulled() {
                     thread::sleep(TICK);
+                }
+                if cable.is_noisy.load(Ordering::SeqCst) {
+                    chunk.iter_mut().for_each(|byte| *byte ^= NOISE);
                 }
                 cable
                     .n_passed
@@ -377,6 +388,20 @@ mod tests {
             .read_exact(&mut bytes[..3])
             .expect("3 of 5 come back");
         assert_eq!(stream.read(&mut bytes).expect("the end"), 0);
+    }
+
+    #[test]
+    fn a_noisy_cable_changes_every_byte() {
+        let mut bytes = [0; 4];
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let there = listener.local_addr().expect("an address").to_string();
+        let (proxy, cable) = start("127.0.0.1:0", &there, Network::good()).expect("a proxy");
+        cable.garble();
+        let mut stream = dial(&proxy);
+        stream.write_all(b"here").expect("it passes");
+        let (mut received, _) = listener.accept().expect("a connection");
+        received.read_exact(&mut bytes).expect("it arrives");
+        assert_eq!(bytes, b"here".map(|byte| byte ^ NOISE));
     }
 
     #[test]

@@ -5,14 +5,11 @@
 //! that wait on the runtime, so nothing here runs on its workers.
 
 use std::future::Future;
-use std::io;
 use std::path::{Path, PathBuf};
 
 use hub::{Hub, Settings};
-use terminal::{Failure, INTERRUPTED, Output, tell};
+use terminal::{Failure, INTERRUPTED, Output, Stop, tell};
 use tokio::runtime::Runtime;
-#[cfg(unix)]
-use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// Names the process that this one is a step of, and ends with.
 #[cfg(target_os = "linux")]
@@ -88,43 +85,6 @@ impl Context {
                 std::process::exit(INTERRUPTED.into());
             }
         });
-    }
-}
-
-/// Hears requests to stop, from the moment that it is made.
-#[derive(Debug)]
-pub(crate) struct Stop {
-    #[cfg(unix)]
-    interrupted: Signal,
-    #[cfg(unix)]
-    terminated: Signal,
-}
-
-impl Stop {
-    #[cfg(unix)]
-    fn new() -> io::Result<Stop> {
-        Ok(Stop {
-            interrupted: signal(SignalKind::interrupt())?,
-            terminated: signal(SignalKind::terminate())?,
-        })
-    }
-
-    #[cfg(not(unix))]
-    fn new() -> io::Result<Stop> {
-        Ok(Stop {})
-    }
-
-    /// Resolves at the next interrupt or request to terminate.
-    pub(crate) async fn told(&mut self) {
-        #[cfg(unix)]
-        tokio::select! {
-            _ = self.interrupted.recv() => {}
-            _ = self.terminated.recv() => {}
-        }
-        #[cfg(not(unix))]
-        if tokio::signal::ctrl_c().await.is_err() {
-            std::future::pending::<()>().await;
-        }
     }
 }
 

@@ -10,8 +10,8 @@ use std::sync::Arc;
 use clap::Args;
 use engine::wire::{Address, Identity, Remote, RemoteOptions, RowType};
 use engine::{Forward, KvCache, KvType, Local, Model, Pool, Sequence, StepError, Wanted, Work};
-use terminal::Failure;
-use vindex::Vindex;
+use terminal::{Failure, Patience};
+use vindex::{Index, Share, Vindex};
 
 use crate::context::Context;
 use crate::serve::secret;
@@ -36,6 +36,8 @@ pub(crate) struct Computing {
     /// How rows travel to weight servers: f32, f16 or bf16
     #[arg(long, value_name = "TYPE", default_value = "f32", requires = "ffn")]
     pub(crate) wire: RowType,
+    #[command(flatten)]
+    pub(crate) patience: Patience,
 }
 
 /// A model that computes.
@@ -53,7 +55,12 @@ impl Pass {
         context: &Context,
     ) -> Result<Pass, Failure> {
         let cannot = || format!("cannot compute with {}", dir.display());
-        let vindex = Arc::new(Vindex::open(dir).map_err(Failure::of(cannot()))?);
+        let of_role = |_: &Index, recorded: Share| match options.ffn.is_empty() {
+            true => Ok(recorded),
+            false => Ok(recorded.attention_half()),
+        };
+        let vindex = Vindex::open_as(dir, of_role).map_err(Failure::of(cannot()))?;
+        let vindex = Arc::new(vindex);
         let n_threads = n_threads(options.threads);
         let pool = Arc::new(Pool::new(n_threads));
         let model = Model::open(Arc::clone(&vindex)).map_err(Failure::of(cannot()))?;
@@ -116,7 +123,13 @@ fn connect(options: &Computing, vindex: &Vindex, context: &Context) -> Result<Re
     let mut remote = RemoteOptions::new(Identity::of(vindex));
     remote.wire = options.wire;
     remote.secret = secret(options.secret_file.as_deref(), context)?;
-    Remote::connect(&options.ffn, remote).map_err(Failure::of("cannot use the weight servers"))
+    remote.deadline = options.patience.deadline();
+    remote.stall = options.patience.stall();
+    Remote::connect(&options.ffn, remote).map_err(|error| {
+        Failure::new("the weight servers cannot be used")
+            .hint(error.hint())
+            .cause(error)
+    })
 }
 
 fn failed(error: StepError) -> Failure {

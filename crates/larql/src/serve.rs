@@ -15,12 +15,12 @@ use std::time::Duration;
 use engine::wire::{Address, Identity, Listener, Secret, Server, ServerLimits, ServerOptions};
 use engine::{Local, Pool};
 use hub::{Reference, Wanted};
-use terminal::{Failure, Meter, size, tell};
+use terminal::{Failure, Meter, Stop, size, tell};
 use tokio::net::TcpListener;
 use vindex::{Share, Slice, Vindex};
 
 use crate::cli::Serve;
-use crate::context::{Context, Stop};
+use crate::context::Context;
 use crate::http::{self, Shown};
 use crate::pull;
 

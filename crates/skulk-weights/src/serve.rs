@@ -5,7 +5,7 @@
 use std::net::SocketAddr;
 use std::path::Path;
 
-use terminal::{Failure, Output};
+use terminal::{Failure, Output, Stop};
 use tokio::net::TcpListener;
 
 use crate::environment::Environment;
@@ -37,6 +37,7 @@ pub(crate) fn serve(
         Failure::new(format!("cannot open the registry in {}", root.display())).cause(error)
     })?;
     environment.block_on(async {
+        let mut stop = Stop::new().map_err(Failure::of("cannot listen for signals"))?;
         let listener = TcpListener::bind(listen).await;
         let listener = listener.map_err(|error| {
             Failure::new(format!("cannot listen on {listen}"))
@@ -58,9 +59,14 @@ pub(crate) fn serve(
             "serving {} at {url} (clients: HF_ENDPOINT={public_url})",
             root.display()
         ))?;
-        registry::serve(registry, listener, options, told_to_stop())
-            .await
-            .map_err(|error| Failure::new(format!("the registry at {url} stopped")).cause(error))
+        registry::serve(
+            registry,
+            listener,
+            options,
+            async move { stop.told().await },
+        )
+        .await
+        .map_err(|error| Failure::new(format!("the registry at {url} stopped")).cause(error))
     })?
 }
 
@@ -88,29 +94,5 @@ fn read_token(path: &Path) -> Result<String, Failure> {
                 .hint("write the token into it, on one line"),
         ),
         token => Ok(token.to_owned()),
-    }
-}
-
-/// Returns at the first interrupt or request to terminate.
-async fn told_to_stop() {
-    let interrupted = async {
-        if tokio::signal::ctrl_c().await.is_err() {
-            std::future::pending::<()>().await;
-        }
-    };
-    #[cfg(unix)]
-    let terminated = async {
-        match tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()) {
-            Ok(mut signal) => {
-                signal.recv().await;
-            }
-            Err(_) => std::future::pending::<()>().await,
-        }
-    };
-    #[cfg(not(unix))]
-    let terminated = std::future::pending::<()>();
-    tokio::select! {
-        () = interrupted => {}
-        () = terminated => {}
     }
 }

@@ -8,6 +8,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 use engine::wire::{Address, RowType};
 use engine::{DraftChoice, KvType};
+use terminal::Patience;
 
 use crate::model::Model;
 use crate::plan::Bytes;
@@ -60,9 +61,8 @@ pub(crate) struct Serve {
     /// How rows travel to weight servers: f32, f16 or bf16
     #[arg(long, value_name = "TYPE", default_value = "f32", requires = "ffn")]
     pub(crate) wire: RowType,
-    /// How long a layer may take at the weight servers, over all attempts
-    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = humantime::parse_duration, requires = "ffn")]
-    pub(crate) ffn_deadline: Duration,
+    #[command(flatten)]
+    pub(crate) patience: Patience,
     /// How long a request may take, from its arrival to its last token
     #[arg(long, value_name = "TIME", default_value = "10m", value_parser = humantime::parse_duration)]
     pub(crate) deadline: Duration,

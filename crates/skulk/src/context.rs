@@ -6,7 +6,7 @@ use std::future::Future;
 use std::path::PathBuf;
 
 use hub::{Hub, Settings};
-use terminal::Failure;
+use terminal::{Failure, Stop};
 use tokio::runtime::Runtime;
 
 /// The surroundings of a command.
@@ -29,6 +29,12 @@ impl Context {
     /// Waits for `future`.
     pub(crate) fn wait<T>(&self, future: impl Future<Output = T>) -> T {
         self.runtime.block_on(future)
+    }
+
+    /// Takes interrupts and requests to terminate from here on; none ends the process by itself any longer.
+    pub(crate) fn stop(&self) -> Result<Stop, Failure> {
+        let _in_runtime = self.runtime.enter();
+        Stop::new().map_err(Failure::of("cannot listen for signals"))
     }
 
     /// The Hub of the environment.
@@ -61,28 +67,4 @@ impl Context {
 
 fn variable(name: &str) -> Option<String> {
     std::env::var(name).ok()
-}
-
-/// Resolves at the first interrupt or request to terminate, and again at each further call.
-pub(crate) async fn told_to_stop() {
-    let interrupted = async {
-        if tokio::signal::ctrl_c().await.is_err() {
-            std::future::pending::<()>().await;
-        }
-    };
-    #[cfg(unix)]
-    let terminated = async {
-        match tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()) {
-            Ok(mut signal) => {
-                signal.recv().await;
-            }
-            Err(_) => std::future::pending::<()>().await,
-        }
-    };
-    #[cfg(not(unix))]
-    let terminated = std::future::pending::<()>();
-    tokio::select! {
-        () = interrupted => {}
-        () = terminated => {}
-    }
 }

@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use terminal::{Failure, Output, size, write};
 
 use crate::cli;
-use crate::context::{Context, told_to_stop};
+use crate::context::Context;
 
 mod ask;
 mod process;
@@ -58,11 +58,12 @@ pub(crate) fn demo(args: &cli::Demo, context: &Context, output: Output) -> Resul
         endpoint: running.url().to_owned(),
         output,
     };
+    let mut stop = context.stop()?;
     // An interrupt ends the wait and drops what runs.
     context.wait(async {
         tokio::select! {
             done = play(&stage, args) => done,
-            () = told_to_stop() => Err(Failure::Interrupted),
+            () = stop.told() => Err(Failure::Interrupted),
         }
     })
 }

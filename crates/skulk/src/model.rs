@@ -9,7 +9,7 @@ use std::str::FromStr;
 
 use hub::{PullError, Pulling, Reference, Wanted, cached_vindex};
 use terminal::{Failure, Meter, tell};
-use vindex::{Slice, Vindex};
+use vindex::{Index, Share, Slice, Vindex};
 
 use crate::context::Context;
 
@@ -55,7 +55,11 @@ pub(crate) fn open(
             Some(from.repo.to_string()),
         ),
     };
-    let vindex = Vindex::open(&dir).map_err(|error| {
+    let of_role = |_: &Index, recorded: Share| match with_ffn {
+        true => Ok(recorded),
+        false => Ok(recorded.attention_half()),
+    };
+    let vindex = Vindex::open_as(&dir, of_role).map_err(|error| {
         let failure = Failure::new(format!("cannot open the vindex {}", dir.display())).cause(error);
         match model {
             Model::Dir(_) => failure.hint(

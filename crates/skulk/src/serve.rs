@@ -9,22 +9,22 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use engine::wire::{ConnectError, Identity, Remote, RemoteOptions, Secret};
+use engine::wire::{Identity, Remote, RemoteOptions, Secret};
 use engine::{
     DraftChoice, Drafts, Engine, EngineOptions, EngineParts, FeedForward, GrammarFactory, Local,
     Pool, Tokenizer,
 };
-use terminal::{Failure, Output, tell};
+use terminal::{Failure, Output, Stop, tell};
 use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
+use tokio::sync::{Mutex, Semaphore};
 use vindex::Vindex;
 
 use crate::api::node::{Node, Template, now_seconds};
 use crate::api::{self, LARGE_BODIES_MAX};
 use crate::cli;
-use crate::context::{Context, told_to_stop};
+use crate::context::Context;
 use crate::keys::Keys;
-use crate::listen;
+use crate::listen::{self, Limits};
 use crate::metrics::{Metrics, TIDY_EVERY};
 use crate::model::{self, Opened};
 
@@ -61,6 +61,7 @@ pub(crate) fn serve(args: &cli::Serve, context: &Context, output: Output) -> Res
     let cache = args.cache.clone().unwrap_or_else(|| context.cache());
     let opened = model::open(&args.model, args.ffn.is_empty(), &cache, context)?;
     let node = Arc::new(node(args, opened, keys, secret, template)?);
+    let stop = context.stop()?;
     let url = format!("http://{address}");
     let peers: Vec<String> = args.ffn.iter().map(ToString::to_string).collect();
     output.value(&serde_json::json!({
@@ -74,8 +75,9 @@ pub(crate) fn serve(args: &cli::Serve, context: &Context, output: Output) -> Res
 
     context.wait(async {
         let tidy = tokio::spawn(tidy(node.metrics.clone()));
-        let (stop, cut) = signals(node.clone(), args.drain);
-        listen::serve(listener, api::router(node.clone()), stop, cut).await;
+        let (stop, cut) = signals(stop, node.clone(), args.drain);
+        let (router, limits) = (api::router(node.clone()), Limits::of_process());
+        listen::serve(listener, router, limits, stop, cut).await;
         tidy.abort();
     });
     // What was not finished within the grace fails; the engine's thread ends.
@@ -85,11 +87,15 @@ pub(crate) fn serve(args: &cli::Serve, context: &Context, output: Output) -> Res
 
 /// The first request to stop, and the second or the end of the grace, whichever comes first.
 fn signals(
+    stop: Stop,
     node: Arc<Node>,
     drain: std::time::Duration,
 ) -> (impl Future<Output = ()>, impl Future<Output = ()>) {
+    // One after the other, so that neither takes what the other is to hear.
+    let first = Arc::new(Mutex::new(stop));
+    let second = first.clone();
     let stop = async move {
-        told_to_stop().await;
+        first.lock().await.told().await;
         node.stopping.store(true, Ordering::Relaxed);
         tell(format_args!(
             "stopping: answers under way have {}; a second request to stop ends them",
@@ -98,7 +104,7 @@ fn signals(
     };
     let cut = async move {
         tokio::select! {
-            () = told_to_stop() => {}
+            () = async { second.lock().await.told().await } => {}
             () = tokio::time::sleep(drain) => {}
         }
     };
@@ -187,7 +193,8 @@ fn node(
         created: now_seconds(),
         deadline: args.deadline,
         places: Arc::new(Semaphore::new(n_places.min(Semaphore::MAX_PERMITS))),
-        large_bodies: Semaphore::new(LARGE_BODIES_MAX),
+        large_bodies: Arc::new(Semaphore::new(LARGE_BODIES_MAX)),
+        large_work: Arc::new(Semaphore::new(1)),
         stopping: AtomicBool::new(false),
         engine,
         drafts,
@@ -203,22 +210,12 @@ fn connect(args: &cli::Serve, vindex: &Vindex, secret: Secret) -> Result<Remote,
     let mut options = RemoteOptions::new(Identity::of(vindex));
     options.secret = secret;
     options.wire = args.wire;
-    options.deadline = args.ffn_deadline;
-    options.stall = options.stall.min(args.ffn_deadline);
+    options.deadline = args.patience.deadline();
+    options.stall = args.patience.stall();
     Remote::connect(&args.ffn, options).map_err(|error| {
-        let hint = match &error {
-            ConnectError::Peers(_) => "name each weight server once: --ffn HOST:PORT,unix:/path",
-            ConnectError::Secret { .. } => "give both ends the same file by --secret-file",
-            ConnectError::Identity { .. } => {
-                "a node and its weight servers need the same vindex; compare larql dump"
-            }
-            ConnectError::Uncovered { .. } => {
-                "start the missing weight servers with larql serve, or name them with --ffn"
-            }
-        };
         Failure::new("the weight servers cannot be used")
+            .hint(error.hint())
             .cause(error)
-            .hint(hint)
     })
 }
 

@@ -1,5 +1,5 @@
 //! What a person at a terminal meets, the same in every program: how a failure reads, where results and progress
-//! go, which exit status means what.
+//! go, which exit status means what, how a program is told to stop, how long it waits for weight servers.
 //!
 //! Invariant: only [`finish`] prints a failure and decides the exit status: 0 done, 1 failed, 130 interrupted (2,
 //! wrong usage, is clap's). No text here can hold a token: the errors of the libraries hold none.
@@ -7,6 +7,8 @@
 mod failure;
 mod meter;
 mod output;
+mod patience;
+mod stop;
 
 use std::io;
 use std::process::ExitCode;
@@ -14,6 +16,8 @@ use std::process::ExitCode;
 pub use failure::Failure;
 pub use meter::{Meter, size};
 pub use output::{Output, json_line, tell, write};
+pub use patience::Patience;
+pub use stop::Stop;
 
 /// Exit status of a program that an interrupt ended.
 pub const INTERRUPTED: u8 = 130;

@@ -178,6 +178,14 @@ impl Share {
         })
     }
 
+    /// What a node needs of this that asks others for its feed-forward layers: of all weights, those of attention.
+    pub fn attention_half(self) -> Share {
+        match self.slice {
+            Slice::Full => Slice::Attention.into(),
+            Slice::Attention | Slice::ExpertServer => self,
+        }
+    }
+
     /// Whether this is its slice, whole.
     pub fn is_whole(&self) -> bool {
         self.layers.is_none() && self.experts.is_none()

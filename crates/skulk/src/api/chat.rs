@@ -7,8 +7,8 @@ use std::sync::Arc;
 use axum::response::Response;
 use engine::{Conversation, Event, Grammar, Request};
 use serde_json::{Map, Value, json};
-use tokio::sync::OwnedSemaphorePermit;
 
+use super::Place;
 use super::answer::{ChatChoice, Head, Manner, usage};
 use super::calls::{Reader, Spelling};
 use super::node::{Node, Template};
@@ -70,7 +70,7 @@ pub(super) fn prepare(node: &Node, request: ChatRequest) -> Result<Prepared, Api
 pub(super) async fn answer(
     node: Arc<Node>,
     prepared: Prepared,
-    place: OwnedSemaphorePermit,
+    place: Place,
 ) -> Result<Response, ApiError> {
     let head = node.head("chatcmpl-");
     let n = prepared.requests.len();

@@ -7,8 +7,8 @@ use std::sync::Arc;
 use axum::response::Response;
 use engine::{Event, Request};
 use serde_json::{Value, json};
-use tokio::sync::OwnedSemaphorePermit;
 
+use super::Place;
 use super::answer::{Head, TextChoice, usage};
 use super::node::Node;
 use super::running::Running;
@@ -68,7 +68,7 @@ pub(super) fn prepare(node: &Node, request: CompletionRequest) -> Result<Prepare
 pub(super) async fn answer(
     node: Arc<Node>,
     prepared: Prepared,
-    place: OwnedSemaphorePermit,
+    place: Place,
 ) -> Result<Response, ApiError> {
     let head = node.head("cmpl-");
     let running = Running::start(&node.engine, &node.metrics, prepared.requests, place)?;

@@ -32,13 +32,18 @@ use tokio::sync::OwnedSemaphorePermit;
 
 use self::node::Node;
 use crate::error::ApiError;
+use crate::listen::{Engaged, Seat};
 use crate::request::{self, ChatRequest, CompletionRequest};
 
-/// A prompt of a million tokens is shorter.
+/// Of a body, whatever the model's context: encoding a text takes some hundred times its bytes for a while.
 const BODY_BYTES_MAX: usize = 8 << 20;
+/// Of a body, for what is no prompt (tools, schemas, names), and for each token of the context. A token is about four
+/// bytes of text, and six times as many where JSON escapes them all.
+const BODY_BYTES_BESIDE: usize = 1 << 20;
+const BODY_BYTES_OF_TOKEN: usize = 64;
 /// A body up to this size is read whoever else sends one.
 const SMALL_BODY_BYTES: usize = 64 << 10;
-/// Larger bodies that are read at a time.
+/// Larger bodies that are held at a time.
 pub(crate) const LARGE_BODIES_MAX: usize = 16;
 /// For a body to arrive.
 const BODY_TIMEOUT: Duration = Duration::from_secs(60);
@@ -136,71 +141,111 @@ async fn chat_completions(
     State(node): State<Arc<Node>>,
     request: Request,
 ) -> Result<Response, ApiError> {
-    let (place, body) = admit(&node, request).await?;
+    let admitted = admit(&node, request).await?;
     let worker = node.clone();
-    let prepared = work(move || {
-        let request = ChatRequest::parse(request::json(&body)?)?;
+    let prepare = move |body: &[u8]| {
+        let request = ChatRequest::parse(request::json(body)?)?;
         chat::prepare(&worker, request)
-    });
-    chat::answer(node, prepared.await?, place).await
+    };
+    let (place, prepared) = admitted.work(&node, prepare).await?;
+    chat::answer(node, prepared, place).await
 }
 
 async fn completions(
     State(node): State<Arc<Node>>,
     request: Request,
 ) -> Result<Response, ApiError> {
-    let (place, body) = admit(&node, request).await?;
+    let admitted = admit(&node, request).await?;
     let worker = node.clone();
-    let prepared = work(move || {
-        let request = CompletionRequest::parse(request::json(&body)?)?;
+    let prepare = move |body: &[u8]| {
+        let request = CompletionRequest::parse(request::json(body)?)?;
         completion::prepare(&worker, request)
-    });
-    completion::answer(node, prepared.await?, place).await
+    };
+    let (place, prepared) = admitted.work(&node, prepare).await?;
+    completion::answer(node, prepared, place).await
 }
 
-/// A place among the node's requests, and the body. The body comes first: who sends one slowly keeps no place.
-async fn admit(node: &Node, request: Request) -> Result<(OwnedSemaphorePermit, Vec<u8>), ApiError> {
+/// A place among the node's requests: as long as it is held, an answer is prepared or under way.
+pub(crate) struct Place {
+    _permit: OwnedSemaphorePermit,
+    /// The client's connection is not given up for another.
+    _engaged: Option<Engaged>,
+}
+
+/// A request that was let in.
+struct Admitted {
+    place: Place,
+    body: Vec<u8>,
+    /// One of those for large bodies.
+    large: Option<OwnedSemaphorePermit>,
+}
+
+impl Admitted {
+    /// Runs work on the body that takes long where it blocks nobody, on large bodies one after the other. Place and body
+    /// are held as long as it runs, even when the client is gone, so that what waits to be worked on is bounded.
+    async fn work<T: Send + 'static>(
+        self,
+        node: &Node,
+        work: impl FnOnce(&[u8]) -> Result<T, ApiError> + Send + 'static,
+    ) -> Result<(Place, T), ApiError> {
+        let Admitted { place, body, large } = self;
+        let turn = match large.is_some() {
+            true => Some(node.large_work.clone().acquire_owned().await),
+            false => None,
+        };
+        let worked = tokio::task::spawn_blocking(move || {
+            let done = work(&body)?;
+            drop((body, large, turn));
+            Ok((place, done))
+        });
+        match worked.await {
+            Ok(result) => result,
+            Err(_) => Err(ApiError::internal("a request could not be prepared")),
+        }
+    }
+}
+
+/// Takes a request in. The body comes first: who sends one slowly keeps no place.
+async fn admit(node: &Node, request: Request) -> Result<Admitted, ApiError> {
     if node.is_stopping() {
         return Err(ApiError::stopping());
     }
+    let seat = request.extensions().get::<Arc<Seat>>().cloned();
     let reading = read(node, request.into_body());
     let body = tokio::time::timeout(BODY_TIMEOUT, reading).await;
-    let body = body.map_err(|_| ApiError::late())??;
-    let place = node.places.clone().try_acquire_owned();
-    Ok((place.map_err(|_| ApiError::busy())?, body))
+    let (body, large) = body.map_err(|_| ApiError::late())??;
+    let permit = node.places.clone().try_acquire_owned();
+    let place = Place {
+        _permit: permit.map_err(|_| ApiError::busy())?,
+        _engaged: seat.map(|seat| seat.engage()),
+    };
+    Ok(Admitted { place, body, large })
 }
 
-/// Reads a body. Only some large ones are read at a time, so that all connections together cannot fill the memory.
-async fn read(node: &Node, body: Body) -> Result<Vec<u8>, ApiError> {
+/// Reads a body. Only some large ones are held at a time, so that all connections together cannot fill the memory.
+async fn read(
+    node: &Node,
+    body: Body,
+) -> Result<(Vec<u8>, Option<OwnedSemaphorePermit>), ApiError> {
+    let of_context = node.context.saturating_mul(BODY_BYTES_OF_TOKEN);
+    let bytes_max = of_context
+        .saturating_add(BODY_BYTES_BESIDE)
+        .min(BODY_BYTES_MAX);
     let mut stream = body.into_data_stream();
     let mut bytes = Vec::new();
     let mut large = None;
     while let Some(chunk) = stream.next().await {
         let chunk = chunk.map_err(|_| ApiError::body("The request's body was cut off."))?;
-        if bytes.len() + chunk.len() > BODY_BYTES_MAX {
-            return Err(ApiError::too_large(BODY_BYTES_MAX));
+        if bytes.len() + chunk.len() > bytes_max {
+            return Err(ApiError::too_large(bytes_max));
         }
         if bytes.len() + chunk.len() > SMALL_BODY_BYTES && large.is_none() {
-            large = Some(
-                node.large_bodies
-                    .acquire()
-                    .await
-                    .map_err(|_| ApiError::stopping())?,
-            );
+            let permit = node.large_bodies.clone().acquire_owned().await;
+            large = Some(permit.map_err(|_| ApiError::stopping())?);
         }
         bytes.extend_from_slice(&chunk);
     }
-    Ok(bytes)
-}
-
-/// Runs work that takes long where it blocks nobody.
-async fn work<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
-) -> Result<T, ApiError> {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(result) => result,
-        Err(_) => Err(ApiError::internal("a request could not be prepared")),
-    }
+    Ok((bytes, large))
 }
 
 async fn no_route(request: Request) -> ApiError {

@@ -45,8 +45,10 @@ pub(crate) struct Node {
     pub(crate) drafts: bool,
     /// Requests that are taken at once.
     pub(crate) places: Arc<Semaphore>,
-    /// Large bodies that are read at once.
-    pub(crate) large_bodies: Semaphore,
+    /// Large bodies that are held at once.
+    pub(crate) large_bodies: Arc<Semaphore>,
+    /// And that are worked on.
+    pub(crate) large_work: Arc<Semaphore>,
     /// It takes no more requests.
     pub(crate) stopping: AtomicBool,
 }

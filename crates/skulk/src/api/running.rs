@@ -8,9 +8,9 @@ use std::ops::ControlFlow;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use engine::{Engine, EngineError, Event, Request, Ticket};
-use tokio::sync::OwnedSemaphorePermit;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
+use super::Place;
 use crate::metrics::{Metrics, Watch};
 
 /// Generations, each with its place in the answer.
@@ -19,7 +19,7 @@ pub(super) struct Running {
     /// `None` once it has ended.
     answers: Vec<Option<Answer>>,
     metrics: Arc<Metrics>,
-    _place: OwnedSemaphorePermit,
+    _place: Place,
 }
 
 struct Answer {
@@ -33,7 +33,7 @@ impl Running {
         engine: &Engine,
         metrics: &Arc<Metrics>,
         requests: Vec<Request>,
-        place: OwnedSemaphorePermit,
+        place: Place,
     ) -> Result<Running, EngineError> {
         let (sender, events) = unbounded_channel();
         let mut running = Running {

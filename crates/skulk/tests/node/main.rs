@@ -2,7 +2,10 @@
 //!
 //! Invariant: every node of a test is killed with it, and every wait has a bound.
 
+mod hostile;
 mod node;
+mod split;
+mod weights;
 
 use std::time::{Duration, Instant};
 

@@ -81,6 +81,8 @@ pub(crate) struct Options {
     /// The model has its own chat template.
     pub(crate) recipe_template: bool,
     pub(crate) template: Option<PathBuf>,
+    /// Options about weight servers, and whatever else.
+    pub(crate) more: Vec<String>,
 }
 
 impl Default for Options {
@@ -89,6 +91,7 @@ impl Default for Options {
             with_key: false,
             recipe_template: true,
             template: None,
+            more: Vec::new(),
         }
     }
 }
@@ -117,7 +120,7 @@ impl Node {
             "--threads",
             "2",
         ]);
-        command.arg(dir);
+        command.arg(dir).args(&options.more);
         if options.with_key {
             command.env("SKULK_API_KEY", format!("another-key-1,{KEY}"));
         }
@@ -142,9 +145,27 @@ impl Node {
         self.request("POST", path, KEY, &body.to_string())
     }
 
-    fn request(&self, method: &str, path: &str, key: &str, body: &str) -> TcpStream {
-        let mut stream = TcpStream::connect(&self.host).expect("a connection");
+    /// Bytes in place of a body, with a length of their own choice.
+    pub(crate) fn send_bytes(&self, path: &str, body: &[u8], said: u64) -> TcpStream {
+        let mut stream = self.dial();
+        let head = format!(
+            "POST {path} HTTP/1.1\r\nhost: node\r\nconnection: close\r\ncontent-length: {said}\r\n\r\n"
+        );
+        // Whoever is refused at the head may be cut off before the rest is written.
+        let _ = stream
+            .write_all(head.as_bytes())
+            .and_then(|()| stream.write_all(body));
+        stream
+    }
+
+    pub(crate) fn dial(&self) -> TcpStream {
+        let stream = TcpStream::connect(&self.host).expect("a connection");
         stream.set_read_timeout(Some(PATIENCE)).expect("a deadline");
+        stream
+    }
+
+    fn request(&self, method: &str, path: &str, key: &str, body: &str) -> TcpStream {
+        let mut stream = self.dial();
         let head = format!(
             "{method} {path} HTTP/1.1\r\nhost: node\r\nconnection: close\r\nauthorization: Bearer {key}\r\ncontent-length: {}\r\n\r\n{body}",
             body.len()
@@ -187,6 +208,27 @@ impl Node {
         }
     }
 
+    /// Memory that the node holds.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn resident_bytes(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id()));
+        let status = status.expect("the node runs");
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let kib = line.expect("a size").trim().trim_end_matches(" kB");
+        kib.parse::<u64>().expect("a number") * 1024
+    }
+
+    /// Names of the files whose content it has mapped and that end so.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn mapped(&self, end: &str) -> Vec<String> {
+        let maps = std::fs::read_to_string(format!("/proc/{}/maps", self.child.id()));
+        let maps = maps.expect("the node runs");
+        let paths = maps.lines().filter(|line| line.ends_with(end));
+        paths
+            .filter_map(|line| Some(line.rsplit_once('/')?.1.to_owned()))
+            .collect()
+    }
+
     #[cfg(unix)]
     pub(crate) fn terminate(&self) {
         let status = Command::new("kill")
@@ -215,6 +257,12 @@ impl Drop for Node {
     }
 }
 
+/// The data of each event of a stream, as it comes.
+pub(crate) fn events(stream: TcpStream) -> impl Iterator<Item = String> {
+    let lines = BufReader::new(stream).lines().map_while(Result::ok);
+    lines.filter_map(|line| Some(line.strip_prefix("data: ")?.to_owned()))
+}
+
 /// All that comes until the connection ends, with the pieces of a chunked body joined as they came.
 pub(crate) fn read_all(mut stream: TcpStream) -> String {
     let mut bytes = Vec::new();
@@ -223,7 +271,8 @@ pub(crate) fn read_all(mut stream: TcpStream) -> String {
     String::from_utf8(bytes).expect("UTF-8")
 }
 
-fn answer(stream: TcpStream) -> (u16, Value) {
+/// Status and body.
+pub(crate) fn answer(stream: TcpStream) -> (u16, Value) {
     let text = read_all(stream);
     let (head, body) = text.split_once("\r\n\r\n").expect("headers");
     let status = head
