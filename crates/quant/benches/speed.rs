@@ -1,4 +1,5 @@
-//! Weights and bytes per second of each block type on each instruction set, on one core.
+//! Weights and bytes per second of each block type on each instruction set, on one core; then the narrow numbers of
+//! checkpoints on their way to BF16.
 //!
 //! `cargo bench -p quant [-- TYPE...]`. A weight counts 4 bytes on the f32 side and its share of a block on the other;
 //! GB/s is of both together. Compare with the line that tells how fast this core copies memory.
@@ -6,7 +7,7 @@
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
-use quant::{BlockType, decode_with, encode_with, isas};
+use quant::{BlockType, Narrow, decode_with, dequantize_with, encode_with, isas};
 
 /// 4 MiB of f32: rows of a layer, beyond the L2 cache.
 const N: usize = 1 << 20;
@@ -49,6 +50,32 @@ fn main() {
                 decode * weights,
                 decode * gb
             );
+        }
+    }
+    if chosen.is_empty() {
+        narrow();
+    }
+}
+
+/// Codes to f32 by scales of 128 values each, then to BF16, in pieces that stay in cache: GB/s of codes read.
+fn narrow() {
+    const PIECE: usize = 4096;
+    println!("| narrow | instructions | GB/s of codes, to BF16 |");
+    println!("|---|---|---:|");
+    let codes: Vec<u8> = (0..N).map(|i| (i * 131 >> 3) as u8).collect();
+    let scales = vec![0.01f32; PIECE / 128];
+    for narrow in Narrow::ALL {
+        let n_bytes = PIECE / narrow.values_per_byte();
+        for isa in isas() {
+            let mut values = vec![0.0; PIECE];
+            let mut rounded = vec![0; 2 * PIECE];
+            let per_s = calls_per_second(|| {
+                for codes in black_box(&codes).chunks_exact(n_bytes) {
+                    dequantize_with(isa, narrow, codes, 128, black_box(&scales), &mut values);
+                    encode_with(isa, BlockType::BF16, &values, black_box(&mut rounded));
+                }
+            });
+            println!("| {narrow:?} | {isa:?} | {:.2} |", per_s * N as f64 / 1e9);
         }
     }
 }

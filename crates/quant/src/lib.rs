@@ -7,7 +7,8 @@
 //!
 //! Read in this order: [`BlockType`] (names and sizes), `decode.rs` (what the bytes mean), `encode/fit.rs` (how a
 //! group of weights finds its scale), `lanes.rs` and `arch/` (sixteen groups at once on each CPU), `product/` (what a
-//! product is, to the bit), `words.rs` (sixteen rows at once), `elementwise.rs`.
+//! product is, to the bit), `words.rs` (sixteen rows at once), `elementwise.rs`, `narrow.rs` (the 8-bit and 4-bit
+//! numbers of checkpoints).
 //!
 //! Left out: threads (the caller splits rows), importance matrices, and checks for NaN and infinity, which belong to
 //! whoever reads a checkpoint. Such values never cause a panic here: in integer blocks a NaN counts as 0 and values
@@ -20,6 +21,7 @@ mod elementwise;
 mod encode;
 mod isa;
 mod lanes;
+mod narrow;
 mod product;
 mod words;
 
@@ -30,6 +32,7 @@ pub use elementwise::{
     sum_of_squares_with,
 };
 pub use isa::{Isa, isas};
+pub use narrow::{Narrow, dequantize, dequantize_with, round_to_bf16};
 pub use product::{
     ActivationRows, Activations, ActivationsPart, Columns, GateActivation, Matrix, accumulate_rows,
     accumulate_rows_with, multiply, multiply_gated, multiply_gated_with, multiply_with,
