@@ -62,7 +62,7 @@ fn narrow() {
     const PIECE: usize = 4096;
     println!("| narrow | instructions | GB/s of codes, to BF16 |");
     println!("|---|---|---:|");
-    let codes: Vec<u8> = (0..N).map(|i| (i * 131 >> 3) as u8).collect();
+    let codes: Vec<u8> = (0..N).map(|i| ((i * 131) >> 3) as u8).collect();
     let scales = vec![0.01f32; PIECE / 128];
     for narrow in Narrow::ALL {
         let n_bytes = PIECE / narrow.values_per_byte();

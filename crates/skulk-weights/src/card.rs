@@ -1,8 +1,11 @@
-//! The model card of a published vindex: front matter that machines read, a page that people read.
+//! The model card of a published vindex, and what all cards have in common: front matter that machines read, a page that
+//! people read. Sidecars' cards are in `sidecar`.
 //!
 //! Invariant: a card is a function of its [`Facts`] and a time, and of nothing else, so that the same publication gives
 //! the same card; [`same_but_time`] tells when only the time would differ. Every value from outside is quoted for YAML
 //! and for Markdown. Left out: looking the facts up.
+
+pub(crate) mod sidecar;
 
 use std::fmt::Write as _;
 use std::time::SystemTime;
@@ -91,15 +94,15 @@ pub(crate) fn render(facts: &Facts<'_>, generated_at: &str) -> String {
     text
 }
 
-/// The time in `old`, when `old` is the card of the same facts at another time.
-pub(crate) fn same_but_time(facts: &Facts<'_>, old: &str) -> Option<String> {
+/// The time in `old`, when `old` is what `render` gives at another time.
+pub(crate) fn same_but_time(render: impl Fn(&str) -> String, old: &str) -> Option<String> {
     let front = hub::card::front_matter(old).ok()??;
     let time = front
         .get("foxlight")?
         .get("generated_at")?
         .as_str()?
         .to_owned();
-    (render(facts, &time) == old).then_some(time)
+    (render(&time) == old).then_some(time)
 }
 
 /// This second in UTC, `2026-01-31T23:59:59Z`.
@@ -118,24 +121,7 @@ fn front_matter(facts: &Facts<'_>, generated_at: &str, out: &mut String) {
         line(0, "library_name", "gguf");
     }
     list(out, "tags", &["vindex", "skulk", "foxlight", facts.quant]);
-    match (facts.license.ids.as_slice(), facts.license.is_list) {
-        ([], _) => {}
-        ([one], false) => {
-            let _ = writeln!(out, "license: {}", yaml(one));
-        }
-        (ids, _) => list(
-            out,
-            "license",
-            &ids.iter().map(String::as_str).collect::<Vec<_>>(),
-        ),
-    }
-    let mut line = |indent: usize, key: &str, value: Option<&str>| {
-        if let Some(value) = value {
-            let _ = writeln!(out, "{:indent$}{key}: {}", "", yaml(value));
-        }
-    };
-    line(0, "license_name", facts.license.name.as_deref());
-    line(0, "license_link", facts.license.link.as_deref());
+    license_lines(facts.license, out);
     out.push_str("foxlight:\n");
     let mut line = |key: &str, value: Option<&str>| {
         if let Some(value) = value {
@@ -176,6 +162,29 @@ fn front_matter(facts: &Facts<'_>, generated_at: &str, out: &mut String) {
             part.size_bytes,
             yaml(&part.sha256)
         );
+    }
+}
+
+/// The licence fields of a front matter.
+fn license_lines(license: &License, out: &mut String) {
+    match (license.ids.as_slice(), license.is_list) {
+        ([], _) => {}
+        ([one], false) => {
+            let _ = writeln!(out, "license: {}", yaml(one));
+        }
+        (ids, _) => list(
+            out,
+            "license",
+            &ids.iter().map(String::as_str).collect::<Vec<_>>(),
+        ),
+    }
+    for (key, value) in [
+        ("license_name", &license.name),
+        ("license_link", &license.link),
+    ] {
+        if let Some(value) = value {
+            let _ = writeln!(out, "{key}: {}", yaml(value));
+        }
     }
 }
 
@@ -220,7 +229,7 @@ fn body(facts: &Facts<'_>, generated_at: &str, out: &mut String) {
         contents_section(contents, out);
     }
     usage(facts, out);
-    license(facts, out);
+    license_section(facts.license, source, out);
 }
 
 fn contents_section(contents: &Contents<'_>, out: &mut String) {
@@ -276,10 +285,9 @@ fn usage(facts: &Facts<'_>, out: &mut String) {
     }
 }
 
-fn license(facts: &Facts<'_>, out: &mut String) {
+fn license_section(license: &License, source: &str, out: &mut String) {
     out.push_str("\n## License\n\n");
-    let source = facts.source_model;
-    let _ = match (facts.license.title(), &facts.license.link) {
+    let _ = match (license.title(), &license.link) {
         (Some(title), Some(link)) => writeln!(
             out,
             "Derived from {source} and published under its license, unchanged: {} (<{}>).",
@@ -388,10 +396,16 @@ mod tests {
         );
         let old = render(&facts(&mit), "2020-01-01T00:00:00Z");
         assert_eq!(
-            same_but_time(&facts(&mit), &old).as_deref(),
+            same_but_time(|time| render(&facts(&mit), time), &old).as_deref(),
             Some("2020-01-01T00:00:00Z")
         );
-        assert_eq!(same_but_time(&facts(&none), &old), None);
-        assert_eq!(same_but_time(&facts(&mit), "# no card\n"), None);
+        assert_eq!(
+            same_but_time(|time| render(&facts(&none), time), &old),
+            None
+        );
+        assert_eq!(
+            same_but_time(|time| render(&facts(&mit), time), "# no card\n"),
+            None
+        );
     }
 }

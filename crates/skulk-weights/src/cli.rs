@@ -139,9 +139,12 @@ pub(crate) struct Publish {
     /// With --dry-run: also ask the Hub for commits, sizes, types and what would be replaced
     #[arg(long, requires = "dry_run")]
     pub(crate) inspect: bool,
-    /// Replace an output directory that exists
+    /// Replace an output directory, or a published sidecar, that exists
     #[arg(long)]
     pub(crate) force: bool,
+    /// Keep router biases that the source has in F32 in F32 in the MTP sidecar
+    #[arg(long)]
+    pub(crate) keep_f32: bool,
     #[command(flatten)]
     pub(crate) scratch: ScratchDir,
 }

@@ -12,7 +12,7 @@ use terminal::{Failure, Output};
 use crate::catalog::{Catalog, Invalid, View};
 use crate::cli::Doctor;
 use crate::environment::Environment;
-use crate::plan::{Artifact, PublishPlan};
+use crate::plan::{Artifact, Choices, PublishPlan};
 use crate::space::free_bytes;
 use crate::{inspect, larql, name, publish};
 
@@ -43,7 +43,7 @@ pub(crate) fn doctor(
                     entry,
                     Artifact::All,
                     args.scratch.path.as_deref(),
-                    false,
+                    Choices::default(),
                     environment,
                 )
             });

@@ -1,20 +1,17 @@
 //! How far a publication has come: a file in scratch beside the output, one JSON object a line.
 //!
-//! The first line is the work; each further line is a step that is done. A line that a crash cut counts
-//! for nothing. The file is locked while a publication runs, so two runs on one output do not meet. Invariant: a step
-//! is recorded after it is done, never before; another work's journal is never gone on from.
+//! The first line is the work; each further line is a step that is done. The log is locked while a publication runs, so
+//! two runs on one output do not meet. Invariant: a step is recorded after it is done, never before; another work's
+//! journal is never gone on from.
 
 use std::fmt;
-use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use terminal::Failure;
 
+use crate::log::Log;
 use crate::plan::PublishPlan;
-
-const JOURNAL_BYTES_MAX: u64 = 64 << 10;
 
 /// What of a publication is done; later steps include the earlier ones.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -38,8 +35,7 @@ enum Line {
 /// The locked journal of a publication.
 #[derive(Debug)]
 pub(crate) struct Journal {
-    path: PathBuf,
-    file: File,
+    log: Log,
     /// What the lines belong to; `None` in a new journal.
     work: Option<Work>,
     step: Step,
@@ -85,54 +81,16 @@ impl fmt::Display for Work {
 impl Journal {
     /// Opens and locks the journal of `plan`'s output; makes it when there is none.
     pub(crate) fn open(plan: &PublishPlan) -> Result<Journal, Failure> {
-        let path = beside(plan, "journal");
-        fs::create_dir_all(&plan.scratch).map_err(|error| {
-            Failure::io("cannot make the scratch directory", &plan.scratch, error)
-                .hint("name another with --scratch")
-        })?;
-        let unusable = |error| Failure::io("cannot use the journal", &path, error);
-        let mut options = OpenOptions::new();
-        let mut file = options
-            .read(true)
-            .append(true)
-            .create(true)
-            .open(&path)
-            .map_err(unusable)?;
-        match file.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => {
-                return Err(Failure::new(format!(
-                    "another run is publishing from {}",
-                    plan.output_path.display()
-                ))
-                .hint("wait for it, or name another directory with --scratch"));
+        let what = format!("publishing from {}", plan.output_path.display());
+        let (log, lines) = Log::open(&beside(plan, "journal"), &what)?;
+        let (mut work, mut step) = (None, Step::Begun);
+        for line in lines {
+            match line {
+                Line::Work(begun) => work = Some(begun),
+                Line::Done(done) => step = step.max(done),
             }
-            Err(TryLockError::Error(error)) => return Err(unusable(error)),
         }
-        let mut text = String::new();
-        (&mut file)
-            .take(JOURNAL_BYTES_MAX)
-            .read_to_string(&mut text)
-            .map_err(unusable)?;
-        let (mut work, mut step, mut whole_bytes) = (None, Step::Begun, 0);
-        for line in text
-            .split_inclusive('\n')
-            .filter(|line| line.ends_with('\n'))
-        {
-            match serde_json::from_str(line) {
-                Ok(Line::Work(begun)) => work = Some(begun),
-                Ok(Line::Done(done)) => step = step.max(done),
-                Err(_) => break,
-            }
-            whole_bytes += line.len() as u64;
-        }
-        file.set_len(whole_bytes).map_err(unusable)?;
-        Ok(Journal {
-            path,
-            file,
-            work,
-            step,
-        })
+        Ok(Journal { log, work, step })
     }
 
     /// How far this work has come; `None` when the journal is new or another work's.
@@ -147,9 +105,7 @@ impl Journal {
 
     /// Starts anew with this work.
     pub(crate) fn begin(&mut self, work: &Work) -> Result<(), Failure> {
-        self.file
-            .set_len(0)
-            .map_err(|error| Failure::io("cannot write", &self.path, error))?;
+        self.log.clear()?;
         self.append(&Line::Work(work.clone()))?;
         (self.work, self.step) = (Some(work.clone()), Step::Begun);
         Ok(())
@@ -164,17 +120,12 @@ impl Journal {
 
     /// Removes the file: the publication is complete, or never began.
     pub(crate) fn remove(self) -> Result<(), Failure> {
-        fs::remove_file(&self.path).map_err(|error| Failure::io("cannot remove", &self.path, error))
+        self.log.remove()
     }
 
     fn append(&mut self, line: &Line) -> Result<(), Failure> {
-        let text = serde_json::to_string(line)
-            .map(|text| text + "\n")
-            .map_err(std::io::Error::from);
-        let written = text
-            .and_then(|text| self.file.write_all(text.as_bytes()))
-            .and_then(|()| self.file.sync_data());
-        written.map_err(|error| Failure::io("cannot write", &self.path, error))
+        self.log.append(line)?;
+        self.log.sync()
     }
 }
 

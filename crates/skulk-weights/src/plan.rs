@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use crate::entry::{Entry, Slice, Tier};
 use crate::inspect::Inspection;
+use crate::mtp::inspection::MtpInspection;
 use crate::name;
 
 /// The variable that replaces or switches off the collection.
@@ -50,8 +51,10 @@ pub(crate) struct PublishPlan {
     pub(crate) vindex: Option<VindexStep>,
     pub(crate) mtp: Step<MtpStep>,
     pub(crate) vision: Step<VisionStep>,
-    /// What the network knows; `None` until it was asked.
+    /// What the network knows of the vindex; `None` until it was asked.
     pub(crate) inspection: Option<Inspection>,
+    /// What the network knows of the MTP sidecar; `None` until it was asked.
+    pub(crate) mtp_inspection: Option<MtpInspection>,
 }
 
 /// The two commands that make and publish a vindex, as words.
@@ -80,6 +83,8 @@ pub(crate) struct MtpStep {
     pub(crate) output_path: PathBuf,
     /// The title of the collection; `None` when filing is off.
     pub(crate) collection: Option<String>,
+    /// Router biases that the source has in F32 stay F32.
+    pub(crate) keep_f32: bool,
 }
 
 /// How the vision sidecar is made.
@@ -98,6 +103,15 @@ pub(crate) struct BadCollection {
     pub(crate) value: String,
 }
 
+/// What the operator may choose about a publication.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Choices {
+    /// Replace what is there: an output, a sidecar.
+    pub(crate) force: bool,
+    /// Keep router biases in F32.
+    pub(crate) keep_f32: bool,
+}
+
 impl PublishPlan {
     /// The plan for `entry`. `scratch` is the directory for intermediate files, `collection` as [`collection`] gives it.
     pub(crate) fn new(
@@ -105,7 +119,7 @@ impl PublishPlan {
         artifact: Artifact,
         scratch: &Path,
         collection: Option<String>,
-        force: bool,
+        Choices { force, keep_f32 }: Choices,
     ) -> PublishPlan {
         let output_path = scratch.join(&entry.output_name);
         let output = output_path.display().to_string();
@@ -154,6 +168,7 @@ impl PublishPlan {
                     sidecar.sidecar_repo.replace('/', "--")
                 )),
                 collection: filed("MTP Sidecars"),
+                keep_f32,
             }
         });
         let vision = Step::new(asked(Artifact::Vision), entry.vision.as_ref(), |sidecar| {
@@ -179,6 +194,7 @@ impl PublishPlan {
             mtp,
             vision,
             inspection: None,
+            mtp_inspection: None,
         }
     }
 }
@@ -242,7 +258,10 @@ impl fmt::Display for PublishPlan {
                     "mtp sidecar repo: hf://{}/mtp.safetensors",
                     step.sidecar_repo
                 )?;
-                writeln!(f, "mtp precision:    bf16 (unquantized)")?;
+                match step.keep_f32 {
+                    false => writeln!(f, "mtp precision:    bf16 (unquantized)")?,
+                    true => writeln!(f, "mtp precision:    bf16 (unquantized), router biases f32")?,
+                }
                 writeln!(f, "mtp output path:  {}", step.output_path.display())?;
                 if let Some(title) = &step.collection {
                     writeln!(f, "mtp collection:   {title}")?;
@@ -264,10 +283,13 @@ impl fmt::Display for PublishPlan {
                 }
             }
         }
-        match &self.inspection {
-            Some(inspection) => write!(f, "{inspection}"),
-            None => Ok(()),
+        if let Some(inspection) = &self.inspection {
+            write!(f, "{inspection}")?;
         }
+        if let Some(inspection) = &self.mtp_inspection {
+            write!(f, "{inspection}")?;
+        }
+        Ok(())
     }
 }
 

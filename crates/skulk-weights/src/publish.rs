@@ -11,7 +11,8 @@ use crate::cli::Publish;
 use crate::entry::Entry;
 use crate::environment::Environment;
 use crate::larql;
-use crate::plan::{self, Artifact, PublishPlan, Step};
+use crate::mtp::inspection;
+use crate::plan::{self, Artifact, Choices, PublishPlan, Step};
 use crate::{inspect, run};
 
 /// Plans the publication of one entry, and carries it out unless it is a dry run.
@@ -26,7 +27,10 @@ pub(crate) fn publish(
         entry,
         args.artifact,
         args.scratch.path.as_deref(),
-        args.force,
+        Choices {
+            force: args.force,
+            keep_f32: args.keep_f32,
+        },
         environment,
     )?;
     if args.dry_run {
@@ -65,7 +69,7 @@ pub(crate) fn plan(
     entry: &Entry,
     artifact: Artifact,
     scratch: Option<&Path>,
-    force: bool,
+    choices: Choices,
     environment: &Environment,
 ) -> Result<PublishPlan, Failure> {
     let scratch = environment.scratch(scratch);
@@ -74,7 +78,7 @@ pub(crate) fn plan(
             Failure::new(error.to_string()).hint("unset it to use the entry's own collection")
         })?;
     Ok(PublishPlan::new(
-        entry, artifact, &scratch, collection, force,
+        entry, artifact, &scratch, collection, choices,
     ))
 }
 
@@ -88,11 +92,27 @@ fn dry_run(
         let hub = hub::Hub::new(environment.hub_settings()?)
             .map_err(|error| Failure::new("cannot use the Hub").cause(error))?;
         let larql = larql::find(environment).ok();
-        plan.inspection =
-            Some(environment.block_on(inspect::inspect(&plan, &hub, larql.as_deref()))?);
+        environment.block_on(add_inspections(&mut plan, &hub, larql.as_deref()))??;
     }
     output.value(&plan)?;
     output.text(format_args!("{plan}dry run complete"))
+}
+
+/// Adds what the network knows to each step.
+async fn add_inspections(
+    plan: &mut PublishPlan,
+    hub: &hub::Hub,
+    larql: Option<&Path>,
+) -> Result<(), Failure> {
+    if plan.vindex.is_some() {
+        plan.inspection = Some(inspect::inspect(plan, hub, larql).await);
+    }
+    if let Step::Planned(step) = &plan.mtp {
+        let mut named = inspection::names(step, plan.force, hub).await?;
+        named.layout(step).await?;
+        plan.mtp_inspection = Some(named.inspection);
+    }
+    Ok(())
 }
 
 /// Refuses an artifact that was asked for by name and that the entry does not configure.

@@ -383,38 +383,6 @@ fn a_failed_filing_is_all_that_remains() {
 }
 
 #[test]
-fn sidecars_are_named_as_left_out() {
-    let bench = Bench::new(&model("llama"));
-    bench.manifest(
-        "  slices: [full]\n  mtp_source_repo: owner/base\n  mtp_sidecar_repo: acme/model-mtp\n",
-    );
-    let before = bench.registry.stats().sum("").n_requests;
-    let run = bench.run(&["--artifact", "mtp"], &[]);
-    assert_eq!(run.code, Some(1));
-    assert!(
-        run.stderr
-            .contains("hf://acme/model-mtp: sidecars are not built yet"),
-        "{}",
-        run.stderr
-    );
-    assert_eq!(
-        bench.registry.stats().sum("").n_requests,
-        before,
-        "work was done"
-    );
-    let run = bench.run(&[], &[]);
-    assert_eq!(run.code, Some(1));
-    assert!(
-        run.stderr
-            .contains("is published, but the MTP sidecar hf://acme/model-mtp was left out"),
-        "{}",
-        run.stderr
-    );
-    assert!(bench.is_whole());
-    assert_eq!(bench.filed(), [TARGET]);
-}
-
-#[test]
 fn an_output_that_is_not_ours_is_kept_unless_forced() {
     let bench = Bench::new(&model("llama"));
     fs::create_dir_all(bench.out()).unwrap();

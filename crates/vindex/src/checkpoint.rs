@@ -230,6 +230,36 @@ fn header(files: &Files<'_>, file: &str) -> Result<Vec<(String, SourceTensor)>, 
             wanted_by: "the checkpoint".to_owned(),
         });
     };
+    header_of(file, file_bytes, |offset_bytes, buf| {
+        files.read_at(file, offset_bytes, buf)
+    })
+}
+
+/// The tensors of one safetensors file of `source`, `file_bytes` long, in the order of its header: two reads, of the
+/// header's length and of the header.
+///
+/// # Errors
+/// [`Error::Checkpoint`] when the header says something that cannot be, [`Error::Source`] when a read fails.
+pub fn safetensors_header(
+    source: &dyn Source,
+    file: &str,
+    file_bytes: u64,
+) -> Result<Vec<(String, SourceTensor)>, Error> {
+    header_of(file, file_bytes, |offset_bytes, buf| {
+        source
+            .read_at(file, offset_bytes, buf)
+            .map_err(|source| Error::Source {
+                file: file.to_owned(),
+                source,
+            })
+    })
+}
+
+fn header_of(
+    file: &str,
+    file_bytes: u64,
+    read_at: impl Fn(u64, &mut [u8]) -> Result<(), Error>,
+) -> Result<Vec<(String, SourceTensor)>, Error> {
     if file_bytes < 8 {
         return Err(bad(
             file,
@@ -237,7 +267,7 @@ fn header(files: &Files<'_>, file: &str) -> Result<Vec<(String, SourceTensor)>, 
         ));
     }
     let mut length = [0; 8];
-    files.read_at(file, 0, &mut length)?;
+    read_at(0, &mut length)?;
     let header_bytes = u64::from_le_bytes(length);
     if header_bytes > HEADER_BYTES_MAX || header_bytes > file_bytes - 8 {
         return Err(bad(
@@ -248,7 +278,7 @@ fn header(files: &Files<'_>, file: &str) -> Result<Vec<(String, SourceTensor)>, 
         ));
     }
     let mut json = vec![0; header_bytes as usize];
-    files.read_at(file, 8, &mut json)?;
+    read_at(8, &mut json)?;
     parse(file, &json, 8 + header_bytes, file_bytes)
 }
 

@@ -30,7 +30,7 @@ mod tokenizer;
 mod verify;
 
 pub use census::{Census, TypeCount};
-pub use checkpoint::{Checkpoint, Dtype, OtherDtype, SourceTensor};
+pub use checkpoint::{Checkpoint, Dtype, OtherDtype, SourceTensor, safetensors_header};
 pub use config::{
     Activation, Attention, Config, Experts, Gating, Rope, RopeKind, RopeScaling, SlidingWindow,
 };

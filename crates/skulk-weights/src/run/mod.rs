@@ -1,28 +1,24 @@
-//! Carries out a plan: extract, card, publish, file into the collection, clean up.
+//! Carries out a plan: its vindex, its MTP sidecar, its vision sidecar, one after another, each in a file here.
 //!
-//! Each step is recorded in the journal when it is done, so a run that was killed or failed is gone on from by the same
-//! command, which does only what is missing. Invariant: nothing is published that was not extracted in full, by this
-//! plan; an output directory that no journal of this plan accounts for is never touched without `--force`; the local
-//! vindex is deleted only after the repository holds it.
+//! Invariant: an artifact's repository changes by one commit that holds everything of it, after all of it is there and
+//! was checked; each artifact is complete before the next begins, so that the same command does only what is missing.
+
+mod filing;
+mod mtp;
+mod vindex;
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use hub::{Addition, CommitRequest, Content, Hub, RepoId, Snapshot};
+use hub::{Addition, Content, Hub, RepoId, Snapshot};
 use serde::Serialize;
-use terminal::{Failure, Output, tell};
-use vindex::{INDEX_FILE, Slice, Vindex, VindexId};
+use terminal::{Failure, Output};
 
-use crate::card::{self, Contents, Facts};
-use crate::inspect::{self, Inspection};
-use crate::journal::{self, Journal, Work};
-use crate::larql;
-use crate::plan::{PublishPlan, Step, VindexStep};
+use crate::plan::{Artifact, PublishPlan, Step};
 
 /// Name of the card in a repository.
 const CARD_FILE: &str = "README.md";
 const CARD_BYTES_MAX: u64 = 4 << 20;
-const INDEX_BYTES_MAX: u64 = 64 << 20;
 
 /// A publication to carry out.
 pub(crate) struct Request {
@@ -33,310 +29,80 @@ pub(crate) struct Request {
     pub(crate) output: Output,
 }
 
-/// What was done, for `--json`.
-#[derive(Debug, Default, Serialize)]
-struct Summary {
+/// What was done with one artifact.
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct Published {
+    artifact: Artifact,
     repo: String,
     page: String,
+    /// It was there already, and nothing was changed.
+    skipped: bool,
     vindex: Option<String>,
     commit: Option<String>,
     collection: Option<String>,
-    left_out: Vec<String>,
+    /// Bytes that were read from the source by this run, for sidecars.
+    fetched_bytes: Option<u64>,
 }
 
-/// Inspects the plan, prints what that adds, and carries it out; an interrupt ends it, and larql with it.
-pub(crate) async fn publish(request: Request) -> Result<(), Failure> {
-    tokio::select! {
-        done = carry_out(request) => done,
-        Ok(()) = tokio::signal::ctrl_c() => Err(Failure::Interrupted),
+impl Published {
+    fn new(artifact: Artifact, hub: &Hub, repo: &RepoId) -> Published {
+        Published {
+            artifact,
+            repo: repo.to_string(),
+            page: hub.page(repo),
+            skipped: false,
+            vindex: None,
+            commit: None,
+            collection: None,
+            fetched_bytes: None,
+        }
     }
 }
 
-async fn carry_out(request: Request) -> Result<(), Failure> {
+/// Carries out every step of the plan and tells what was done; an interrupt ends it, and larql with it.
+pub(crate) async fn publish(request: Request) -> Result<(), Failure> {
+    let output = request.output;
+    let done = tokio::select! {
+        done = carry_out(request) => done?,
+        Ok(()) = tokio::signal::ctrl_c() => return Err(Failure::Interrupted),
+    };
+    done.iter()
+        .try_for_each(|published| output.text(published))?;
+    output.value(&serde_json::json!({"published": done}))
+}
+
+async fn carry_out(request: Request) -> Result<Vec<Published>, Failure> {
     let Request {
         plan,
         hub,
         larql,
         output,
     } = request;
-    let left_out = sidecars(&plan);
-    let Some(words) = plan.vindex.clone() else {
+    if let (Step::Planned(vision), Artifact::Vision) = (&plan.vision, plan.artifact) {
         return Err(Failure::new(format!(
-            "cannot publish {}: sidecars are not built yet",
-            left_out.join(" and ")
+            "cannot publish hf://{}: vision sidecars are not built yet",
+            vision.sidecar_repo
         ))
-        .hint("nothing was done; --artifact vindex publishes the vindex"));
-    };
-    let repo: RepoId = plan
-        .target_repo
-        .parse()
-        .map_err(|error: hub::Error| Failure::new("cannot publish").cause(error))?;
-    let inspection = inspect::inspect(&plan, &hub, Some(&larql)).await;
-    output.text(inspection.to_string().trim_end())?;
-    if let Some(refusal) = inspection.target.refusal {
-        return Err(Failure::new(format!("cannot publish to {repo}: {refusal}"))
-            .hint("nothing was extracted"));
+        .hint("nothing was done"));
     }
-
-    let mut journal = Journal::open(&plan)?;
-    let mut step = start(&plan, &mut journal, inspection.source.commit.as_deref())?;
-    if step < journal::Step::Extracted {
-        extract(&plan, &words, &inspection, &larql, output).await?;
-        journal.done(journal::Step::Extracted)?;
-        step = journal::Step::Extracted;
+    let mut done = Vec::new();
+    if let Some(words) = &plan.vindex {
+        done.push(vindex::publish(&plan, words, &hub, &larql, output).await?);
     }
-    if step < journal::Step::Published {
-        publish_vindex(&plan, &words, &inspection, &larql, &hub, &repo, output).await?;
-        journal.done(journal::Step::Published)?;
-    }
-    remove(&plan.output_path)?;
-    let collection = file_into_collection(&plan, &hub, &repo).await?;
-    journal.remove()?;
-
-    let mut summary = Summary {
-        repo: repo.to_string(),
-        page: hub.page(&repo),
-        collection,
-        left_out,
-        ..Summary::default()
-    };
-    if let Ok(Some(target)) = hub.head(&repo).await {
-        summary.commit = Some(target.commit().to_string());
-        summary.vindex = remote_vindex(&target)
-            .await
-            .ok()
-            .flatten()
-            .map(|id| id.to_string());
-    }
-    output.text(&summary)?;
-    output.value(&summary)?;
-    if summary.left_out.is_empty() {
-        return Ok(());
-    }
-    Err(Failure::new(format!(
-        "the vindex of {} is published, but {} was left out: sidecars are not built yet",
-        plan.model_key,
-        summary.left_out.join(" and ")
-    ))
-    .hint("--artifact vindex publishes the vindex alone"))
-}
-
-/// The sidecars that the plan has, for people.
-fn sidecars(plan: &PublishPlan) -> Vec<String> {
-    let mut all = Vec::new();
-    if let Step::Planned(mtp) = &plan.mtp {
-        all.push(format!("the MTP sidecar hf://{}", mtp.sidecar_repo));
+    if let Step::Planned(step) = &plan.mtp {
+        done.push(mtp::publish(&plan, step, &hub, output).await?);
     }
     if let Step::Planned(vision) = &plan.vision {
-        all.push(format!("the vision sidecar hf://{}", vision.sidecar_repo));
-    }
-    all
-}
-
-/// Where to go on: from what the journal knows of this plan, or from the beginning.
-fn start(
-    plan: &PublishPlan,
-    journal: &mut Journal,
-    commit: Option<&str>,
-) -> Result<journal::Step, Failure> {
-    let work = Work::of(plan, commit);
-    let out = &plan.output_path;
-    let exists = fs::symlink_metadata(out).is_ok();
-    let known = journal.step_of(&work).filter(|_| !plan.force);
-    match known {
-        Some(journal::Step::Published) => Ok(journal::Step::Published),
-        Some(_) if !exists => {
-            journal.begin(&work)?;
-            Ok(journal::Step::Begun)
-        }
-        Some(journal::Step::Begun) if out.join(vindex::JOURNAL_FILE).exists() => {
-            Ok(journal::Step::Begun)
-        }
-        // Its index is written last: the extraction was finished and only its record is missing.
-        Some(journal::Step::Begun) if Vindex::open(out).is_ok() => Ok(journal::Step::Extracted),
-        Some(journal::Step::Begun) => {
-            // The beginning of another larql's work, which nobody can go on from.
-            remove(out)?;
-            Ok(journal::Step::Begun)
-        }
-        Some(journal::Step::Extracted) => Ok(journal::Step::Extracted),
-        None if exists && !plan.force => {
-            let other = match journal.work() {
-                Some(begun) => {
-                    format!("\n  it was begun for: {begun}\n  this run is for:  {work}")
-                }
-                None => String::new(),
-            };
-            Err(Failure::new(format!(
-                "output path already exists: {}{other}",
-                out.display()
-            ))
-            .hint("remove it, or rerun with --force to replace it"))
-        }
-        None => {
-            if exists {
-                remove(out)?;
-            }
-            journal.begin(&work)?;
-            Ok(journal::Step::Begun)
-        }
-    }
-}
-
-async fn extract(
-    plan: &PublishPlan,
-    words: &VindexStep,
-    inspection: &Inspection,
-    larql: &Path,
-    output: Output,
-) -> Result<(), Failure> {
-    let mut words = words.extract[1..].to_vec();
-    if let Some(commit) = &inspection.source.commit {
-        words.extend(["--revision".to_owned(), commit.clone()]);
-    }
-    larql::run(larql, &words, output.json).await.map_err(|failure| {
-        failure.hint("nothing was published; see what larql wrote above. What is finished is kept: the same command goes on after it")
-    })?;
-    if plan.output_path.join(INDEX_FILE).is_file() {
-        return Ok(());
-    }
-    Err(Failure::new(format!(
-        "larql extract ended well and left no {INDEX_FILE} in {}",
-        plan.output_path.display()
-    ))
-    .hint(format!(
-        "nothing was published; check that {} is a larql",
-        larql.display()
-    )))
-}
-
-/// Runs `larql publish` with the card, and adds the card when larql has left none.
-async fn publish_vindex(
-    plan: &PublishPlan,
-    words: &VindexStep,
-    inspection: &Inspection,
-    larql: &Path,
-    hub: &Hub,
-    repo: &RepoId,
-    output: Output,
-) -> Result<(), Failure> {
-    let vindex = match Vindex::open(&plan.output_path) {
-        Ok(vindex) => Some(vindex),
-        Err(error) => {
-            tell(format_args!(
-                "warning: what larql wrote is no vindex of ours, so the card says nothing about its contents: {error}"
-            ));
-            None
-        }
-    };
-    let slice = plan
-        .publish_slices
-        .split(',')
-        .next()
-        .and_then(|word| word.parse().ok())
-        .unwrap_or(Slice::Full);
-    let facts = Facts {
-        repo: &plan.target_repo,
-        source_model: &plan.source_model,
-        source_commit: inspection.source.commit.as_deref(),
-        license: &inspection.source.license,
-        quant: &plan.quant,
-        catalog_key: &plan.model_key,
-        contents: vindex.as_ref().map(|vindex| Contents {
-            id: vindex.id(),
-            index: vindex.index(),
-            slice,
-        }),
-    };
-    let asking = |error: hub::Error| {
-        Failure::new(format!("cannot see what {repo} holds"))
-            .cause(error)
-            .hint("the extracted vindex is kept; run the same command again")
-    };
-    let old = match hub.head(repo).await.map_err(asking)? {
-        Some(target) => card_of(&target).await.map_err(asking)?,
-        None => None,
-    };
-    let time = old
-        .and_then(|old| card::same_but_time(&facts, &old))
-        .unwrap_or_else(card::now);
-    let card = card::render(&facts, &time);
-    let path = journal::beside(plan, "card.md");
-    fs::write(&path, &card).map_err(|error| Failure::io("cannot write the card", &path, error))?;
-
-    let mut words = words.publish[1..].to_vec();
-    words.extend(["--card".to_owned(), path.display().to_string()]);
-    let published = larql::run(larql, &words, output.json).await;
-    remove(&path)?;
-    published.map_err(|failure| {
-        failure.hint("see what larql wrote above. The extracted vindex is kept: the same command publishes it without extracting again, and with --force extracts it anew")
-    })?;
-
-    let target = hub.head(repo).await.map_err(asking)?;
-    if let (Some(vindex), Some(target)) = (&vindex, &target)
-        && remote_vindex(target).await.map_err(asking)? != Some(vindex.id())
-    {
         return Err(Failure::new(format!(
-            "larql publish ended well, and {repo} does not hold the vindex {}",
-            vindex.id()
-        ))
-        .hint("check which larql ran; the extracted vindex is kept"));
+            "hf://{} was left out: vision sidecars are not built yet",
+            vision.sidecar_repo
+        )));
     }
-    let there = match &target {
-        Some(target) => card_of(target).await.map_err(asking)?,
-        None => None,
-    };
-    if there.as_deref() != Some(card.as_str()) {
-        tell("warning: larql did not publish the card, so it is added in a commit of its own");
-        add_card(hub, repo, card).await.map_err(|error| {
-            Failure::new(format!("the vindex is in {repo} and its card is not"))
-                .cause(error)
-                .hint("run the same command again to add it")
-        })?;
-    }
-    Ok(())
-}
-
-async fn add_card(hub: &Hub, repo: &RepoId, card: String) -> Result<(), hub::Error> {
-    hub.create_repo(repo, false).await?;
-    let card = Addition {
-        path: CARD_FILE.to_owned(),
-        size_bytes: card.len() as u64,
-        sha256: None,
-        content: Content::Bytes(card.into_bytes()),
-    };
-    let request = CommitRequest {
-        summary: "Add the model card".to_owned(),
-        additions: vec![card],
-        deletions: Vec::new(),
-    };
-    hub.commit(repo, &request, &|_| {}).await?;
-    Ok(())
-}
-
-/// Files the repository into the plan's collection; the address of the collection, for people.
-async fn file_into_collection(
-    plan: &PublishPlan,
-    hub: &Hub,
-    repo: &RepoId,
-) -> Result<Option<String>, Failure> {
-    let Some(slug) = &plan.collection else {
-        return Ok(None);
-    };
-    match hub.add_to_collection(slug, repo, None).await {
-        Ok(_) => Ok(Some(format!("{}/collections/{slug}", hub.endpoint()))),
-        Err(error) => Err(Failure::new(format!(
-            "{repo} is published, but it cannot be filed into the collection {slug}"
-        ))
-        .cause(error)
-        .hint(
-            "only the filing remains: the same command does it, once the collection can be written",
-        )),
-    }
+    Ok(done)
 }
 
 /// The card of a repository; `None` when it has none that is text.
-async fn card_of(target: &Snapshot) -> Result<Option<String>, hub::Error> {
+pub(crate) async fn card_of(target: &Snapshot) -> Result<Option<String>, hub::Error> {
     match target.read_file(CARD_FILE, CARD_BYTES_MAX).await {
         Ok(bytes) => Ok(String::from_utf8(bytes.to_vec()).ok()),
         Err(hub::Error::EntryNotFound { .. } | hub::Error::TooLarge { .. }) => Ok(None),
@@ -344,12 +110,12 @@ async fn card_of(target: &Snapshot) -> Result<Option<String>, hub::Error> {
     }
 }
 
-/// The identity of what a repository holds; `None` when it has no index.
-async fn remote_vindex(target: &Snapshot) -> Result<Option<VindexId>, hub::Error> {
-    match target.read_file(INDEX_FILE, INDEX_BYTES_MAX).await {
-        Ok(bytes) => Ok(Some(VindexId::of(&bytes))),
-        Err(hub::Error::EntryNotFound { .. }) => Ok(None),
-        Err(error) => Err(error),
+fn card_addition(card: String) -> Addition {
+    Addition {
+        path: CARD_FILE.to_owned(),
+        size_bytes: card.len() as u64,
+        sha256: None,
+        content: Content::Bytes(card.into_bytes()),
     }
 }
 
@@ -364,9 +130,14 @@ fn remove(path: &Path) -> Result<(), Failure> {
     removed.map_err(|error| Failure::io("cannot remove", path, error))
 }
 
-impl std::fmt::Display for Summary {
+impl std::fmt::Display for Published {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "published hf://{}", self.repo)?;
+        let verb = if self.skipped {
+            "already published"
+        } else {
+            "published"
+        };
+        write!(f, "{verb} hf://{}", self.repo)?;
         let mut line = |label: &str, value: &Option<String>| match value {
             Some(value) => write!(f, "\n  {:<12}{value}", format!("{label}:")),
             None => Ok(()),
