@@ -21,9 +21,20 @@
 
 mod choice;
 pub(crate) mod depth;
+pub(crate) mod drafter;
+mod head;
+pub(crate) mod memory;
 mod ngram;
 
+use std::fmt;
+use std::sync::Arc;
+
+use crate::ffn::FeedForward;
+use crate::model::Model;
+use crate::request::EngineError;
+
 pub use choice::{DraftChoice, DraftError};
+pub use head::{Head, HeadError, HeadNumbers, HeadPass, HeadWork, Routing};
 pub(crate) use ngram::repeated;
 
 /// Who guesses the next tokens.
@@ -36,6 +47,49 @@ pub enum Drafts {
     /// The text itself: what came after the same tokens before. Needs no weights, and is good where answers repeat what
     /// was said: code, summaries, lists.
     NGram,
+    /// A head that was trained with the model.
+    Head(Arc<Head>),
+    /// A smaller model of the same tokens.
+    Model(Assistant),
+}
+
+/// A model that guesses for another.
+#[derive(Clone)]
+pub struct Assistant {
+    /// Attention, embeddings and output head.
+    pub model: Arc<Model>,
+    /// Whoever computes its feed-forward rows.
+    pub ffn: Arc<dyn FeedForward>,
+}
+
+impl fmt::Debug for Assistant {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Assistant")
+            .field("model", &self.model)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Drafts {
+    /// Whether they can guess for `model`.
+    pub(crate) fn check(&self, model: &Model) -> Result<(), EngineError> {
+        let config = model.config();
+        let (what, got, expected) = match self {
+            Drafts::None | Drafts::NGram => return Ok(()),
+            Drafts::Head(head) => ("hidden states", head.hidden(), config.hidden as usize),
+            Drafts::Model(Assistant { model, .. }) => (
+                "tokens",
+                model.config().vocab as usize,
+                config.vocab as usize,
+            ),
+        };
+        if got == expected {
+            return Ok(());
+        }
+        Err(EngineError::Invalid(format!(
+            "whoever guesses has {got} {what}, the model {expected}"
+        )))
+    }
 }
 
 /// Most tokens that are guessed for one generation in a step.

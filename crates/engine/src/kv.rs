@@ -135,7 +135,29 @@ impl KvCache {
     /// A cache for the model with these numbers that takes at most `ceiling_bytes`, but at least one page. Memory is
     /// taken as it is needed.
     pub fn new(config: &Config, kv_type: KvType, ceiling_bytes: u64) -> KvCache {
-        let shape = Shape::of(config, kv_type);
+        KvCache::of_shape(Shape::of(config, kv_type), ceiling_bytes)
+    }
+
+    /// The same for layers and heads of these numbers.
+    pub(crate) fn of_heads(
+        kv_type: KvType,
+        n_layers: usize,
+        n_kv_heads: usize,
+        key_length: usize,
+        value_length: usize,
+        ceiling_bytes: u64,
+    ) -> KvCache {
+        let shape = Shape {
+            kv_type,
+            n_layers,
+            n_kv_heads,
+            key_length,
+            value_length,
+        };
+        KvCache::of_shape(shape, ceiling_bytes)
+    }
+
+    fn of_shape(shape: Shape, ceiling_bytes: u64) -> KvCache {
         let n_pages = ceiling_bytes / shape.page_bytes().max(1) as u64;
         KvCache {
             shared: Arc::new(Shared {

@@ -31,7 +31,10 @@ mod weights;
 pub mod wire;
 
 pub use chat::{ChatError, ChatTemplate, Conversation};
-pub use draft::{DRAFT_DEPTH_MAX, DraftChoice, DraftError, Drafts};
+pub use draft::{
+    Assistant, DRAFT_DEPTH_MAX, DraftChoice, DraftError, Drafts, Head, HeadError, HeadNumbers,
+    HeadPass, HeadWork, Routing,
+};
 pub use ffn::{Batch, FeedForward, FfnError, Visit};
 pub use forward::{Forward, StepError, Wanted, Work};
 pub use grammar::{Grammar, GrammarError, GrammarFactory};

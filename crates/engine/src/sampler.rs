@@ -166,6 +166,12 @@ impl Sampler {
         candidates.last().map(|&(id, _)| id)
     }
 
+    /// A copy that chooses guesses as this one will choose the tokens; `None` where those are the most likely ones.
+    pub(crate) fn for_guesses(&self) -> Option<Sampler> {
+        let draws = self.sampling.temperature != 0.0;
+        (draws || self.adjusts()).then(|| self.clone())
+    }
+
     /// Remembers that `id` was generated.
     pub fn accept(&mut self, id: u32) {
         *self.seen.entry(id).or_insert(0) += 1;

@@ -29,6 +29,7 @@ use std::time::Duration;
 
 use vindex::Config;
 
+use crate::draft::drafter::page_bytes as page_bytes_beside;
 use crate::draft::{DRAFT_DEPTH_MAX, Drafts};
 use crate::ffn::FeedForward;
 use crate::forward::Forward;
@@ -175,10 +176,17 @@ impl Engine {
     /// Starts an engine's thread.
     ///
     /// # Errors
-    /// [`EngineError::Internal`] when the system starts no thread.
+    /// [`EngineError::Internal`] when the system starts no thread, [`EngineError::Invalid`] when whoever is to guess belongs
+    /// to another model.
     pub fn start(parts: EngineParts, options: EngineOptions) -> Result<Engine, EngineError> {
+        options.drafts.check(&parts.model)?;
         let config = parts.model.config();
-        let cache = KvCache::new(config, options.kv_type, options.kv_bytes_max);
+        // Whoever guesses has pages beside the model's, under the same ceiling.
+        let page_bytes = KvCache::bytes_for(config, options.kv_type, PAGE);
+        let beside = page_bytes_beside(&options.drafts, options.kv_type) as u64;
+        let of_model = u128::from(options.kv_bytes_max) * u128::from(page_bytes)
+            / u128::from((page_bytes + beside).max(1));
+        let cache = KvCache::new(config, options.kv_type, of_model as u64);
         let context = options.context_max.unwrap_or(usize::MAX);
         let context = context
             .min(config.context as usize)

@@ -87,10 +87,13 @@ pub(crate) struct Serve {
     /// Sequences that may wait; more are refused
     #[arg(long, value_name = "N", default_value = "256")]
     pub(crate) max_waiting: usize,
-    /// Who guesses tokens that the next step checks (docs/drafting.md): none, or ngram for what came after the same words
-    /// before
+    /// Who guesses tokens that the next step checks (docs/drafting.md): none; ngram: the text itself;
+    /// mtp=FILE or mtp=owner/name[@revision]: a head; model=DIR: a smaller vindex of the same tokens
     #[arg(long, value_name = "WHO", default_value = "none")]
     pub(crate) draft: DraftChoice,
+    /// Serve without guesses where --draft cannot be had
+    #[arg(long)]
+    pub(crate) draft_optional: bool,
     /// Guess so many tokens each time, up to 8 [default: as many as pay, by what steps take and how often guesses are right]
     #[arg(long, value_name = "N")]
     pub(crate) draft_depth: Option<NonZeroUsize>,

@@ -4,10 +4,12 @@
 //! node's role needs is fetched, at one commit.
 
 use std::convert::Infallible;
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use hub::{PullError, Pulling, Reference, Wanted, cached_vindex};
+use engine::DraftChoice;
+use hub::{Download, PullError, Pulling, Reference, Wanted, cached_vindex};
 use terminal::{Failure, Meter, tell};
 use vindex::{Index, Share, Slice, Vindex};
 
@@ -128,6 +130,60 @@ fn pull(
         cached.dir.display()
     ));
     Ok(cached.dir)
+}
+
+/// Name of the heads of a model in their repository.
+const HEADS_FILE: &str = "mtp.safetensors";
+
+/// `choice` with the path of a file or directory here: heads of a repository are fetched into `cache` first, at one commit.
+pub(crate) fn draft_source(
+    choice: &DraftChoice,
+    cache: &Path,
+    context: &Context,
+) -> Result<DraftChoice, Failure> {
+    let DraftChoice::Mtp(path) = choice else {
+        return Ok(choice.clone());
+    };
+    let from: Option<Reference> = path.to_str().and_then(|text| text.parse().ok());
+    let Some(from) = from.filter(|_| !path.exists()) else {
+        return Ok(choice.clone());
+    };
+    let hub = context.hub()?;
+    let meter = Meter::new("heads");
+    let progress = |download: Download| match download {
+        Download::Started {
+            size_bytes,
+            kept_bytes,
+        } => {
+            meter.set_total(size_bytes);
+            meter.add(kept_bytes);
+        }
+        Download::Bytes(bytes) => meter.add(bytes),
+        _ => {}
+    };
+    let fetched = context.wait(async {
+        let snapshot = hub.snapshot(&from.repo, from.revision.as_deref()).await?;
+        let repo = format!("{}--{}", from.repo.owner(), from.repo.name());
+        let dir = cache.join(repo).join(snapshot.commit().as_str());
+        fs::create_dir_all(&dir).map_err(|error| hub::Error::Io {
+            doing: "create",
+            path: dir.clone(),
+            source: error,
+        })?;
+        let target = dir.join(HEADS_FILE);
+        snapshot.download(HEADS_FILE, &target, &progress).await?;
+        Ok::<PathBuf, hub::Error>(target)
+    });
+    let target = fetched.map_err(Failure::of(format!(
+        "cannot fetch the heads of {}",
+        from.repo
+    )))?;
+    tell(format_args!(
+        "the heads of {} are in {}",
+        from.repo,
+        target.display()
+    ));
+    Ok(DraftChoice::Mtp(target))
 }
 
 #[cfg(test)]

@@ -11,8 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use engine::wire::{Identity, Remote, RemoteOptions, Secret};
 use engine::{
-    DraftChoice, Drafts, Engine, EngineOptions, EngineParts, FeedForward, GrammarFactory, Local,
-    Pool, Tokenizer,
+    Drafts, Engine, EngineOptions, EngineParts, FeedForward, GrammarFactory, Local, Pool, Tokenizer,
 };
 use terminal::{Failure, Output, Stop, tell};
 use tokio::net::TcpListener;
@@ -60,7 +59,7 @@ pub(crate) fn serve(args: &cli::Serve, context: &Context, output: Output) -> Res
 
     let cache = args.cache.clone().unwrap_or_else(|| context.cache());
     let opened = model::open(&args.model, args.ffn.is_empty(), &cache, context)?;
-    let node = Arc::new(node(args, opened, keys, secret, template)?);
+    let node = Arc::new(node(args, opened, keys, secret, template, context)?);
     let stop = context.stop()?;
     let url = format!("http://{address}");
     let peers: Vec<String> = args.ffn.iter().map(ToString::to_string).collect();
@@ -125,6 +124,7 @@ fn node(
     keys: Keys,
     secret: Secret,
     template: Option<String>,
+    context: &Context,
 ) -> Result<Node, Failure> {
     let Opened { vindex, name } = opened;
     let vindex = Arc::new(vindex);
@@ -156,6 +156,7 @@ fn node(
     };
     let pool = Arc::new(Pool::new(n_threads));
     let model = engine::Model::open(vindex.clone()).map_err(Failure::of(unusable()))?;
+    let model = Arc::new(model);
     let (ffn, remote): (Arc<dyn FeedForward>, _) = if args.ffn.is_empty() {
         let local = Local::new(vindex.clone(), pool.clone()).map_err(Failure::of(unusable()))?;
         (Arc::new(local), None)
@@ -168,7 +169,7 @@ fn node(
         n_running_max: args.max_running.get(),
         n_waiting_max: args.max_waiting,
         context_max: args.context.map(usize::from),
-        drafts: Drafts::open(&args.draft).map_err(Failure::of(unusable()))?,
+        drafts: drafts(args, &model, &pool, context)?,
         draft_depth: args.draft_depth.map(usize::from),
         ..EngineOptions::default()
     };
@@ -177,13 +178,13 @@ fn node(
         None => options.kv_bytes_for(&vindex.index().config, free_bytes()),
     };
     let parts = EngineParts {
-        model: Arc::new(model),
+        model,
         ffn,
         pool,
         tokenizer: Some(tokenizer.clone()),
     };
+    let drafts = !matches!(options.drafts, Drafts::None);
     let engine = Engine::start(parts, options).map_err(Failure::of(unusable()))?;
-    let drafts = !matches!(args.draft, DraftChoice::None);
     let n_places = args.max_running.get().saturating_add(args.max_waiting);
     Ok(Node {
         context: engine.context(),
@@ -204,6 +205,30 @@ fn node(
         remote,
         keys,
     })
+}
+
+/// Whoever guesses tokens; nobody where that fails and the command line allows it.
+fn drafts(
+    args: &cli::Serve,
+    model: &engine::Model,
+    pool: &Arc<Pool>,
+    context: &Context,
+) -> Result<Drafts, Failure> {
+    let cache = args.cache.clone().unwrap_or_else(|| context.cache());
+    let opened = model::draft_source(&args.draft, &cache, context).and_then(|choice| {
+        Drafts::open(&choice, model, pool).map_err(|error| {
+            Failure::new("tokens cannot be guessed as --draft says")
+                .cause(error)
+                .hint("--draft-optional serves without; --draft ngram needs no weights")
+        })
+    });
+    match opened {
+        Err(failure) if args.draft_optional => {
+            tell(format_args!("serving without guesses: {failure}"));
+            Ok(Drafts::None)
+        }
+        opened => opened,
+    }
 }
 
 fn connect(args: &cli::Serve, vindex: &Vindex, secret: Secret) -> Result<Remote, Failure> {

@@ -12,6 +12,8 @@ use std::time::Instant;
 
 use super::{Place, Shared};
 use crate::draft::depth::{Experience, GENERATION_MEMORY};
+use crate::draft::drafter::Asked;
+use crate::draft::memory::Memory;
 use crate::forward::{Wanted, Work};
 use crate::grammar::{Grammar, GrammarError};
 use crate::kv::{KvCache, Sequence};
@@ -33,6 +35,10 @@ pub(super) struct Generation {
     pub(super) drafted: Vec<u32>,
     /// The kind of the first of them.
     pub(super) draft_kind: usize,
+    /// What whoever guesses remembers of the text.
+    pub(super) memory: Memory,
+    /// What the cache had before the step that is being made.
+    pub(super) n_before: usize,
     /// How many of them were right, when that is known.
     pub(super) n_right: usize,
     /// How often guesses for this text were right.
@@ -102,6 +108,8 @@ impl Generation {
             n_planned: 0,
             drafted: Vec::new(),
             draft_kind: 0,
+            memory: Memory::None,
+            n_before: 0,
             n_right: 0,
             experience: Experience::default(),
             rows: Vec::new(),
@@ -157,6 +165,7 @@ impl Generation {
     /// The tokens of the step that is being made, guesses included.
     pub(super) fn planned(&mut self) -> Work<'_> {
         let start = self.sequence.len();
+        self.n_before = start;
         let end = start + self.n_planned;
         let (tokens, logits) = match (end == self.tokens.len(), self.drafted.is_empty()) {
             (false, _) => (&self.tokens[start..end], Wanted::Nothing),
@@ -201,9 +210,21 @@ impl Generation {
         self.has_finished
     }
 
-    /// Gives away what the cache has of it.
-    pub(super) fn take_sequence(&mut self, cache: &KvCache) -> Sequence {
-        std::mem::replace(&mut self.sequence, cache.sequence())
+    /// Gives away what the cache has of it, and what whoever guesses remembers.
+    pub(super) fn take_sequence(&mut self, cache: &KvCache) -> (Sequence, Memory) {
+        let sequence = std::mem::replace(&mut self.sequence, cache.sequence());
+        (sequence, std::mem::take(&mut self.memory))
+    }
+
+    /// Asks for `depth` guesses.
+    pub(super) fn ask(&mut self, depth: usize) -> Asked<'_> {
+        Asked {
+            tokens: &self.tokens,
+            memory: &mut self.memory,
+            depth,
+            sampler: self.sampler.for_guesses(),
+            drafted: &mut self.drafted,
+        }
     }
 
     pub(super) fn n_generated(&self) -> usize {

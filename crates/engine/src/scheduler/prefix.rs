@@ -3,6 +3,7 @@
 //! Invariant: only whole pages are kept, so that who goes on from one never has to copy it. What is forgotten first is
 //! what was not used for longest, from its end on, because beginnings are what requests have in common.
 
+use crate::draft::memory::Memory;
 use crate::kv::{PAGE, Sequence};
 
 /// Most texts that are kept; looking for a prefix looks at each of them.
@@ -18,6 +19,8 @@ struct Text {
     /// As many as the sequence has; a multiple of [`PAGE`].
     tokens: Vec<u32>,
     sequence: Sequence,
+    /// What whoever guesses remembers of it.
+    memory: Memory,
 }
 
 /// How many of the first tokens are the same, in whole pages.
@@ -28,7 +31,7 @@ pub(super) fn in_common(a: &[u32], b: &[u32]) -> usize {
 
 impl Prefixes {
     /// The sequence that has most of `tokens`, in whole pages and more than `n_known`.
-    pub(super) fn find(&mut self, tokens: &[u32], n_known: usize) -> Option<Sequence> {
+    pub(super) fn find(&mut self, tokens: &[u32], n_known: usize) -> Option<(Sequence, Memory)> {
         let lengths = self
             .texts
             .iter()
@@ -38,13 +41,13 @@ impl Prefixes {
             return None;
         }
         let text = self.texts.remove(i);
-        let sequence = text.sequence.fork(n);
+        let found = (text.sequence.fork(n), text.memory.fork(n));
         self.texts.push(text);
-        Some(sequence)
+        Some(found)
     }
 
-    /// Keeps what `sequence` has of `tokens`.
-    pub(super) fn insert(&mut self, tokens: &[u32], mut sequence: Sequence) {
+    /// Keeps what `sequence` and `memory` have of `tokens`.
+    pub(super) fn insert(&mut self, tokens: &[u32], mut sequence: Sequence, memory: &Memory) {
         let n = sequence.len() / PAGE * PAGE;
         let tokens = &tokens[..n];
         if n == 0
@@ -63,6 +66,7 @@ impl Prefixes {
         self.texts.push(Text {
             tokens: tokens.to_vec(),
             sequence,
+            memory: memory.fork(n),
         });
     }
 
@@ -77,6 +81,7 @@ impl Prefixes {
         } else {
             text.sequence.truncate(n);
             text.tokens.truncate(n);
+            text.memory = text.memory.fork(n);
         }
         true
     }

@@ -11,6 +11,8 @@ use super::generation::Generation;
 use super::prefix::{Prefixes, in_common};
 use super::speculation::Speculation;
 use super::{Closing, EngineOptions, EngineStats, Shared};
+use crate::draft::Drafts;
+use crate::draft::memory::Memory;
 use crate::forward::{Forward, StepError, Work};
 use crate::kv::Sequence;
 use crate::request::EngineError;
@@ -55,8 +57,13 @@ impl Worker {
         options: EngineOptions,
     ) -> Worker {
         let stats = shared.lock().stats;
+        let speculation = Speculation::of(&options, forward.model(), &pool, shared.cache.n_pages());
+        let forward = match options.drafts {
+            Drafts::Head(_) => forward.keeping_hidden(),
+            _ => forward,
+        };
         Worker {
-            speculation: Speculation::of(&options),
+            speculation,
             shared,
             forward,
             pool,
@@ -147,9 +154,9 @@ impl Worker {
 
     /// Takes away what the cache has of a generation, and keeps it for others.
     fn keep(&mut self, generation: &mut Generation) {
-        let sequence = generation.take_sequence(&self.shared.cache);
+        let (sequence, memory) = generation.take_sequence(&self.shared.cache);
         if self.options.reuse_prefixes {
-            self.prefixes.insert(&generation.tokens, sequence);
+            self.prefixes.insert(&generation.tokens, sequence, &memory);
         }
     }
 
@@ -163,9 +170,9 @@ impl Worker {
                 true => Worker::reusable(&next, &mut self.prefixes, &self.running),
                 false => None,
             };
-            let n_reused = reused.as_ref().map_or(0, Sequence::len);
-            if let Some(sequence) = reused {
-                next.sequence = sequence;
+            let n_reused = reused.as_ref().map_or(0, |(sequence, _)| sequence.len());
+            if let Some(reused) = reused {
+                (next.sequence, next.memory) = reused;
             }
             let n_needed = n_promised + room(&next);
             while self.shared.cache.n_free() < n_needed && self.prefixes.forget_page() {}
@@ -187,15 +194,18 @@ impl Worker {
         generation: &Generation,
         prefixes: &mut Prefixes,
         running: &[Generation],
-    ) -> Option<Sequence> {
+    ) -> Option<(Sequence, Memory)> {
         // After the last token logits are wanted, so that it is computed in any case.
         let wanted = &generation.tokens[..generation.tokens.len() - 1];
         let n_known = generation.sequence.len();
         let mut best = prefixes.find(wanted, n_known);
         for other in running {
             let n = in_common(&other.tokens[..other.sequence.len()], wanted);
-            if n > best.as_ref().map_or(n_known, Sequence::len) {
-                best = Some(other.sequence.fork(n));
+            if n > best
+                .as_ref()
+                .map_or(n_known, |(sequence, _)| sequence.len())
+            {
+                best = Some((other.sequence.fork(n), other.memory.fork(n)));
             }
         }
         best
@@ -260,11 +270,11 @@ impl Worker {
             return;
         }
         let reused = Worker::reusable(&self.running[i], &mut self.prefixes, &self.running);
-        if let Some(sequence) = reused {
+        if let Some((sequence, memory)) = reused {
             let generation = &mut self.running[i];
             let n_more = sequence.len() - generation.sequence.len();
             generation.count_reused(n_more);
-            generation.sequence = sequence;
+            (generation.sequence, generation.memory) = (sequence, memory);
             self.stats.n_cached += n_more as u64;
         }
     }
@@ -352,6 +362,11 @@ impl Worker {
                 }
                 for generation in running.iter_mut() {
                     stats.n_generated += generation.tell() as u64;
+                }
+                if let Some(speculation) = speculation {
+                    let started = Instant::now();
+                    speculation.record(running, forward.hidden());
+                    stats.in_drafts += started.elapsed();
                 }
                 self.pace.measure(took, n_prefill, n_rows - n_prefill);
             }

@@ -2,8 +2,11 @@
 
 mod drafts;
 mod failures;
+mod heads;
 mod limits;
+mod reference;
 mod sameness;
+mod sidecar;
 
 use std::ops::ControlFlow;
 use std::path::Path;
