@@ -137,18 +137,22 @@ pub(crate) fn gelu_tanh<L: Lanes>(x: L) -> L {
     x / (one + exp(argument) * (one + rest))
 }
 
-/// Replaces values sixteen at a time; the last ones are filled up with zeros.
-#[inline(always)]
-fn map<L: Lanes>(values: &mut [f32], f: impl Fn(L) -> L) {
-    let (chunks, tail) = values.as_chunks_mut::<N_LANES>();
-    for chunk in chunks {
-        *chunk = f(L::load(chunk)).store();
-    }
-    if !tail.is_empty() {
-        let mut whole = [0.0; N_LANES];
-        whole[..tail.len()].copy_from_slice(tail);
-        tail.copy_from_slice(&f(L::load(&whole)).store()[..tail.len()]);
-    }
+/// Replaces values sixteen at a time; the last ones are filled up with zeros. A macro, because a function that is given
+/// a function calls it, and each of its steps, where the compiler does not see the instruction set around them.
+macro_rules! map {
+    ($lanes:ty, $values:expr, $x:ident => $result:expr) => {{
+        let (chunks, tail) = $values.as_chunks_mut::<N_LANES>();
+        for chunk in chunks {
+            let $x = <$lanes>::load(chunk);
+            *chunk = $result.store();
+        }
+        if !tail.is_empty() {
+            let mut whole = [0.0; N_LANES];
+            whole[..tail.len()].copy_from_slice(tail);
+            let $x = <$lanes>::load(&whole);
+            tail.copy_from_slice(&$result.store()[..tail.len()]);
+        }
+    }};
 }
 
 /// Takes in values sixteen at a time; the last ones are filled up with `filler`.
@@ -179,9 +183,9 @@ impl Work for Map<'_> {
     #[inline(always)]
     fn run<W: Words>(self) {
         match self.0 {
-            Function::Exp => map::<W::Lanes>(self.1, exp),
-            Function::Silu => map::<W::Lanes>(self.1, silu),
-            Function::GeluTanh => map::<W::Lanes>(self.1, gelu_tanh),
+            Function::Exp => map!(W::Lanes, self.1, x => exp(x)),
+            Function::Silu => map!(W::Lanes, self.1, x => silu(x)),
+            Function::GeluTanh => map!(W::Lanes, self.1, x => gelu_tanh(x)),
         }
     }
 }
@@ -195,10 +199,10 @@ impl Work for Softmax<'_> {
         let lanes = fold(self.0, f32::NEG_INFINITY, lowest, |a, x| x.max(a));
         let max = lanes.store().into_iter().fold(f32::NEG_INFINITY, f32::max);
         let max = W::Lanes::splat(max);
-        map::<W::Lanes>(self.0, |x| exp(x - max));
+        map!(W::Lanes, self.0, x => exp(x - max));
         let zero = W::Lanes::splat(0.0);
         let total = W::Lanes::splat(sum(fold(self.0, 0.0, zero, |a, x| a + x)));
-        map::<W::Lanes>(self.0, |x| x / total);
+        map!(W::Lanes, self.0, x => (x / total));
     }
 }
 
