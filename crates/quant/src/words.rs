@@ -49,6 +49,10 @@ pub(crate) trait Words: Copy {
     fn dot_i8(self, w: Self, x: i32) -> Self;
     /// `self` plus the two products of the i16 halves of `w` and of `x`.
     fn dot_pairs(self, w: Self, x: i32) -> Self;
+    /// The integer part of the product of a Q6_K block: the sum over its 16 groups of a group's scale times the sum of
+    /// `(q - 32) x`. `x` has four columns in each word, the first one lowest, and `minus_32_sums` -32 times the sum of each
+    /// group of `x`.
+    fn dot_q6_k(block: &[u8; 210], x: &[i32; 64], minus_32_sums: &[i32; 16]) -> i32;
     /// Each word, an i32, rounded to the nearest f32, ties to even.
     fn to_f32(self) -> Self::Lanes;
     /// The f16 in the lower half of each word.

@@ -248,6 +248,68 @@ impl Words for WordYmm2 {
     }
 
     #[inline(always)]
+    fn dot_q6_k(block: &[u8; 210], x: &[i32; 64], minus_32_sums: &[i32; 16]) -> i32 {
+        simd!({
+            let scales = _mm_loadu_si128(block[192..].as_ptr().cast());
+            let (low, high) = minus_32_sums.split_at(8);
+            let mut total = _mm256_add_epi32(
+                _mm256_mullo_epi32(
+                    _mm256_cvtepi8_epi32(scales),
+                    _mm256_loadu_si256(low.as_ptr().cast()),
+                ),
+                _mm256_mullo_epi32(
+                    _mm256_cvtepi8_epi32(_mm_srli_si128::<8>(scales)),
+                    _mm256_loadu_si256(high.as_ptr().cast()),
+                ),
+            );
+            let (low_halves, high_bits) = (_mm256_set1_epi8(15), _mm256_set1_epi8(0x30));
+            for half in 0..2 {
+                // The scales of the eight groups of this half as i16, in both halves of the register.
+                let scales = match half {
+                    0 => scales,
+                    _ => _mm_srli_si128::<8>(scales),
+                };
+                let scales = _mm256_broadcastsi128_si256(_mm_cvtepi8_epi16(scales));
+                let low = [
+                    _mm256_loadu_si256(block[64 * half..].as_ptr().cast()),
+                    _mm256_loadu_si256(block[64 * half + 32..].as_ptr().cast()),
+                ];
+                let high = _mm256_loadu_si256(block[128 + 32 * half..].as_ptr().cast());
+                let q = [
+                    (low[0], _mm256_slli_epi64::<4>(high)),
+                    (low[1], _mm256_slli_epi64::<2>(high)),
+                    (_mm256_srli_epi64::<4>(low[0]), high),
+                    (_mm256_srli_epi64::<4>(low[1]), _mm256_srli_epi64::<2>(high)),
+                ];
+                for (part, (low, high)) in q.into_iter().enumerate() {
+                    let q = _mm256_or_si256(
+                        _mm256_and_si256(low, low_halves),
+                        _mm256_and_si256(high, high_bits),
+                    );
+                    let x = _mm256_loadu_si256(x[32 * half + 8 * part..].as_ptr().cast());
+                    // Words 2 part and 2 part + 1.
+                    let first = 0x0100 + 0x0404 * part as i16;
+                    let words = _mm256_inserti128_si256::<1>(
+                        _mm256_castsi128_si256(_mm_set1_epi16(first)),
+                        _mm_set1_epi16(first + 0x0202),
+                    );
+                    let scales = _mm256_shuffle_epi8(scales, words);
+                    // Pairs reach 2 * 63 * 127 = 16002.
+                    let products = _mm256_madd_epi16(_mm256_maddubs_epi16(q, x), scales);
+                    total = _mm256_add_epi32(total, products);
+                }
+            }
+            let total = _mm_add_epi32(
+                _mm256_castsi256_si128(total),
+                _mm256_extracti128_si256::<1>(total),
+            );
+            let total = _mm_add_epi32(total, _mm_shuffle_epi32::<0b01_00_11_10>(total));
+            let total = _mm_add_epi32(total, _mm_shuffle_epi32::<0b10_11_00_01>(total));
+            _mm_cvtsi128_si32(total)
+        })
+    }
+
+    #[inline(always)]
     fn to_f32(self) -> Ymm2 {
         simd!(Ymm2(_mm256_cvtepi32_ps(self.0), _mm256_cvtepi32_ps(self.1)))
     }

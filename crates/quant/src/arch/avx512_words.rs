@@ -53,6 +53,16 @@ fn two_rows<const BYTES: usize>(
     ))
 }
 
+/// The four one after the other.
+#[inline(always)]
+fn quarters([a, b, c, d]: [__m128i; 4]) -> __m512i {
+    simd!({
+        let ab = _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(a), b);
+        let cd = _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(c), d);
+        _mm512_inserti64x4::<1>(_mm512_castsi256_si512(ab), cd)
+    })
+}
+
 /// The words at `offset_bytes` of four rows from `row` on.
 #[inline(always)]
 fn four_words<const BYTES: usize>(
@@ -204,6 +214,49 @@ impl<const VNNI: bool> Words for WordZmm<VNNI> {
             return WordZmm(simd!(_mm512_dpwssd_epi32(self.0, w.0, x)));
         }
         self.add(WordZmm(simd!(_mm512_madd_epi16(w.0, x))))
+    }
+
+    #[inline(always)]
+    fn dot_q6_k(block: &[u8; 210], x: &[i32; 64], minus_32_sums: &[i32; 16]) -> i32 {
+        simd!({
+            let scales = _mm_loadu_si128(block[192..].as_ptr().cast());
+            let minus = _mm512_loadu_si512(minus_32_sums.as_ptr().cast());
+            let mut total = _mm512_mullo_epi32(_mm512_cvtepi8_epi32(scales), minus);
+            let scales = _mm512_castsi256_si512(_mm256_cvtepi8_epi16(scales));
+            let (low_halves, high_bits) = (_mm512_set1_epi8(15), _mm512_set1_epi8(0x30));
+            for half in 0..2 {
+                // Columns 0..64 of this half have the lower halves of `low`, 64..128 the higher ones. Each byte of `high`
+                // has two bits of four columns, 32 apart.
+                let low = _mm512_loadu_si512(block[64 * half..].as_ptr().cast());
+                let high = _mm256_loadu_si256(block[128 + 32 * half..].as_ptr().cast());
+                let high = _mm512_broadcast_i64x4(high);
+                let left = _mm512_set_epi64(2, 2, 2, 2, 4, 4, 4, 4);
+                let right = _mm512_set_epi64(2, 2, 2, 2, 0, 0, 0, 0);
+                let q = [
+                    (low, _mm512_sllv_epi64(high, left)),
+                    (_mm512_srli_epi64::<4>(low), _mm512_srlv_epi64(high, right)),
+                ];
+                for (i, (low, high)) in q.into_iter().enumerate() {
+                    let high = _mm512_and_si512(high, high_bits);
+                    // high | low & low_halves
+                    let q = _mm512_ternarylogic_epi64::<0b1111_1000>(high, low, low_halves);
+                    let quarter = 2 * half + i;
+                    let x = _mm512_loadu_si512(x[16 * quarter..].as_ptr().cast());
+                    let first = 4 * quarter as i16;
+                    let groups = quarters([
+                        _mm_set1_epi16(first),
+                        _mm_set1_epi16(first + 1),
+                        _mm_set1_epi16(first + 2),
+                        _mm_set1_epi16(first + 3),
+                    ]);
+                    let scales = _mm512_permutexvar_epi16(groups, scales);
+                    // Pairs reach 2 * 63 * 127 = 16002, and with their scales four pairs are far from 2^31.
+                    let products = _mm512_madd_epi16(_mm512_maddubs_epi16(q, x), scales);
+                    total = _mm512_add_epi32(total, products);
+                }
+            }
+            _mm512_reduce_add_epi32(total)
+        })
     }
 
     #[inline(always)]

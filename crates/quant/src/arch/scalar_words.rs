@@ -120,6 +120,22 @@ impl Words for WordArray {
     }
 
     #[inline(always)]
+    fn dot_q6_k(block: &[u8; 210], x: &[i32; 64], minus_32_sums: &[i32; 16]) -> i32 {
+        let q = |column: usize| {
+            let (half, part, i) = (column / 128, column % 128 / 32, column % 32);
+            let low = block[64 * half + 32 * (part % 2) + i] >> (4 * (part / 2)) & 15;
+            let high = block[128 + 32 * half + i] >> (2 * part) & 3;
+            i32::from(low | high << 4)
+        };
+        (0..16).fold(0, |total, group| {
+            let columns = 16 * group..16 * (group + 1);
+            let x = |column: usize| i32::from(x[column / 4].to_le_bytes()[column % 4] as i8);
+            let sum: i32 = columns.map(|column| q(column) * x(column)).sum();
+            total + i32::from(block[192 + group] as i8) * (sum + minus_32_sums[group])
+        })
+    }
+
+    #[inline(always)]
     fn to_f32(self) -> Array {
         Array(self.0.map(|a| a as f32))
     }

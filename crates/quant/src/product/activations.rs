@@ -53,7 +53,7 @@ pub(crate) struct Block32 {
 }
 
 /// 256 activations.
-#[repr(C, align(32))]
+#[repr(C, align(64))]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Block256 {
     /// Four q in each word, the first one lowest.

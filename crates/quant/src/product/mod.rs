@@ -8,6 +8,7 @@
 //! Left out: threads. A caller gives each thread a range of rows and the [`Columns`] of the output that belong to it.
 
 mod activations;
+mod by_row;
 mod columns;
 mod dense;
 mod direct;

@@ -7,6 +7,7 @@ use std::ops::Range;
 
 use super::Matrix;
 use super::activations::ActivationRows;
+use super::by_row::multiply_q6_k_by_row;
 use super::direct::{Direct32, DirectK};
 use super::kernel::{Kind, multiply_32, multiply_k_min, multiply_k_signed};
 use super::panel::{N_BLOCKS32, Panel};
@@ -83,8 +84,16 @@ impl Ahead<'_> {
 }
 
 impl<'a> Blocks<'a> {
+    /// The bytes of one of the sixteen rows.
     #[inline(always)]
-    fn rows<const BYTES: usize>(&self, offset_bytes: usize) -> Rows<'a, BYTES> {
+    pub(super) fn row(&self, row: usize, range: Range<usize>) -> &'a [u8] {
+        let first = self.offset_bytes + row * self.stride_bytes;
+        &self.bytes[first..][range]
+    }
+
+    /// A block of each row.
+    #[inline(always)]
+    pub(super) fn rows<const BYTES: usize>(&self, offset_bytes: usize) -> Rows<'a, BYTES> {
         Rows::new(
             self.bytes,
             self.offset_bytes + offset_bytes,
@@ -164,12 +173,28 @@ pub(super) fn multiply_tile<F: Format, W: Words>(
         copy,
     };
     match chosen.len() {
+        1 if F::BLOCK_TYPE == BlockType::Q6_K && n_rows == N_LANES => {
+            multiply_by_row::<W>(tile, x, chosen.start, sums);
+        }
         1 => multiply_direct::<F, W, 1>(tile, x, chosen, sums),
         2 if W::N_AT_ONCE >= 2 => multiply_direct::<F, W, 2>(tile, x, chosen, sums),
         3..=4 if W::N_AT_ONCE >= 4 => multiply_direct::<F, W, 4>(tile, x, chosen, sums),
         5..=8 if W::N_AT_ONCE >= 8 => multiply_direct::<F, W, 8>(tile, x, chosen, sums),
         _ => multiply_panels::<F, W>(tile, x, chosen, panel, sums),
     }
+}
+
+/// One row of activations, row after row of a whole tile of Q6_K.
+#[inline(always)]
+fn multiply_by_row<W: Words>(
+    mut tile: Tile<'_>,
+    x: &ActivationRows<'_>,
+    chosen: usize,
+    sums: &mut Sums<W>,
+) {
+    let n_blocks = tile.row_bytes / BlockType::Q6_K.block_bytes();
+    let blocks = tile.blocks(0..tile.row_bytes);
+    sums[0] = multiply_q6_k_by_row::<W>(blocks, n_blocks, x, x.row(chosen));
 }
 
 /// At most `N` rows of activations: the blocks are multiplied while they are unpacked.
