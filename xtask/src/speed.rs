@@ -1,7 +1,8 @@
-//! Decoding and prefill against llama.cpp on the same GGUF files in the same run, and what the split costs: a weight
-//! server in another process over a Unix socket and over loopback TCP.
-//! Invariant: both sides have the same number of threads; the measurements take turns and the best of the runs counts
-//! for either. Leaves out machines that are not this one (`skulk plan`).
+//! Decoding and prefill against llama.cpp on the same GGUF files in the same run, what the split costs (a weight server in
+//! another process over a Unix socket and over loopback TCP), and what streams side by side gain.
+//! Invariant: both sides have the same number of threads and as many tokens before those that are decoded; the
+//! measurements take turns and the best of the runs counts for either. Leaves out machines that are not this one (`skulk
+//! plan`).
 
 use std::io::{BufRead, BufReader};
 use std::path::Path;
@@ -15,18 +16,23 @@ use crate::{checkpoint, llama_cpp};
 
 const N_PROMPT: usize = 512;
 const N_TOKENS: usize = 64;
+const N_STREAMS: usize = 8;
 
 /// Tokens a second.
 #[derive(Clone, Copy, Default)]
 struct Speed {
-    decode: f64,
+    /// Decoding from the beginning of a text.
+    early: f64,
+    /// Decoding after [`N_PROMPT`] tokens.
+    late: f64,
     prefill: f64,
 }
 
 impl Speed {
     fn best(self, other: Speed) -> Speed {
         Speed {
-            decode: self.decode.max(other.decode),
+            early: self.early.max(other.early),
+            late: self.late.max(other.late),
             prefill: self.prefill.max(other.prefill),
         }
     }
@@ -48,71 +54,84 @@ pub(crate) fn run() -> Done {
     let socket = folder.join("bench.sock");
     let over_unix = WeightServer::start(&larql, &vindex, &format!("unix:{}", socket.display()))?;
     let over_tcp = WeightServer::start(&larql, &vindex, "127.0.0.1:0")?;
-    let ours = |more: &[&str]| measure(&larql, &vindex, more);
-    let (mut theirs, mut alone, mut by_unix, mut by_tcp) = (
-        Speed::default(),
-        Speed::default(),
-        Speed::default(),
-        Speed::default(),
-    );
-    let mut last = Value::Null;
+    let ours = |more: &[&str]| our_speed(&larql, &vindex, more);
+    let [mut theirs, mut alone, mut by_unix, mut by_tcp] = [Speed::default(); 4];
+    let mut side_by_side: f64 = 0.0;
     for turn in 1..=N_RUNS {
         theirs = theirs.best(peer_speed(&peer, &first_part)?);
-        let told = ours(&[])?;
-        alone = alone.best(speed(&told)?);
-        last = told;
-        by_unix = by_unix.best(speed(&ours(&["--ffn", &over_unix.address])?)?);
-        by_tcp = by_tcp.best(speed(&ours(&["--ffn", &over_tcp.address])?)?);
+        alone = alone.best(ours(&[])?);
+        by_unix = by_unix.best(ours(&["--ffn", &over_unix.address])?);
+        by_tcp = by_tcp.best(ours(&["--ffn", &over_tcp.address])?);
+        let streams = N_STREAMS.to_string();
+        let told = measure(&larql, &vindex, N_PROMPT, &["--streams", &streams])?;
+        side_by_side = side_by_side.max(number(&told, "decode_tok_s")?);
         eprintln!("run {turn} of {N_RUNS} done");
     }
-
-    let bandwidth = number(&last, "bandwidth_gb_s")?;
-    let bytes_per_token = number(&last, "bytes_per_token")?;
+    let told = measure(&larql, &vindex, 1, &[])?;
+    let bandwidth = number(&told, "bandwidth_gb_s")?;
+    let bytes_per_token = number(&told, "bytes_per_token")?;
     let gb_s = |tokens: f64| tokens * bytes_per_token / 1e9;
+
     println!(
-        "| Qwen3-0.6B shape, q4k, {N_THREADS} threads | decode tok/s | GB/s of weights | prefill tok/s |"
+        "| Qwen3-0.6B shape, q4k, {N_THREADS} threads | decode tok/s, empty context | GB/s of weights | decode tok/s after \
+         {N_PROMPT} tokens | prefill tok/s |"
     );
-    println!("|---|---:|---:|---:|");
+    println!("|---|---:|---:|---:|---:|");
     for (name, speed) in [
         ("llama.cpp (llama-bench)", theirs),
         ("larql, unsplit", alone),
         ("larql, split over a Unix socket", by_unix),
         ("larql, split over loopback TCP", by_tcp),
     ] {
+        let Speed {
+            early,
+            late,
+            prefill,
+        } = speed;
         println!(
-            "| {name} | {:.1} | {:.1} | {:.0} |",
-            speed.decode,
-            gb_s(speed.decode),
-            speed.prefill
+            "| {name} | {early:.1} | {:.1} | {late:.1} | {prefill:.0} |",
+            gb_s(early)
         );
     }
     println!();
     println!("measured read bandwidth, {N_THREADS} threads: {bandwidth:.1} GB/s");
     println!(
-        "decode against llama.cpp: {:.2} x",
-        alone.decode / theirs.decode
+        "decode against the bandwidth: {:.0} %, llama.cpp {:.0} %",
+        100.0 * gb_s(alone.early) / bandwidth,
+        100.0 * gb_s(theirs.early) / bandwidth
     );
+    for (name, a, b) in [
+        ("llama.cpp", alone, theirs),
+        ("unsplit: over a Unix socket", by_unix, alone),
+        ("unsplit: over loopback TCP", by_tcp, alone),
+    ] {
+        println!(
+            "against {name}: decode {:.2} x, after {N_PROMPT} tokens {:.2} x, prefill {:.2} x",
+            a.early / b.early,
+            a.late / b.late,
+            a.prefill / b.prefill
+        );
+    }
     println!(
-        "decode against the bandwidth: {:.0} %",
-        100.0 * gb_s(alone.decode) / bandwidth
-    );
-    println!(
-        "prefill against llama.cpp: {:.2} x",
-        alone.prefill / theirs.prefill
-    );
-    println!(
-        "split over a Unix socket against unsplit: {:.2} x",
-        by_unix.decode / alone.decode
-    );
-    println!(
-        "split over loopback TCP against unsplit: {:.2} x",
-        by_tcp.decode / alone.decode
+        "{N_STREAMS} streams side by side after {N_PROMPT} tokens: {side_by_side:.1} tok/s, {:.2} x of one",
+        side_by_side / alone.late
     );
     Ok(())
 }
 
+/// Our speed, with `more` options.
+fn our_speed(larql: &Path, vindex: &Path, more: &[&str]) -> Done<Speed> {
+    let early = measure(larql, vindex, 1, more)?;
+    let late = measure(larql, vindex, N_PROMPT, more)?;
+    Ok(Speed {
+        early: number(&early, "decode_tok_s")?,
+        late: number(&late, "decode_tok_s")?,
+        prefill: number(&late, "prefill_tok_s")?,
+    })
+}
+
 /// What `larql bench` tells.
-fn measure(larql: &Path, vindex: &Path, more: &[&str]) -> Done<Value> {
+fn measure(larql: &Path, vindex: &Path, n_prompt: usize, more: &[&str]) -> Done<Value> {
     let told = output(
         Command::new(larql)
             .args(["bench", "--json"])
@@ -120,20 +139,13 @@ fn measure(larql: &Path, vindex: &Path, more: &[&str]) -> Done<Value> {
             .args(["--threads", &N_THREADS.to_string()])
             .args([
                 "--prompt",
-                &N_PROMPT.to_string(),
+                &n_prompt.to_string(),
                 "--tokens",
                 &N_TOKENS.to_string(),
             ])
             .args(more),
     )?;
     serde_json::from_slice(&told).map_err(|error| format!("larql bench told no JSON: {error}"))
-}
-
-fn speed(told: &Value) -> Done<Speed> {
-    Ok(Speed {
-        decode: number(told, "decode_tok_s")?,
-        prefill: number(told, "prefill_tok_s")?,
-    })
 }
 
 fn number(told: &Value, key: &str) -> Done<f64> {
@@ -154,24 +166,25 @@ fn peer_speed(peer: &Path, first_part: &Path) -> Done<Speed> {
                 &N_PROMPT.to_string(),
                 "--n-gen",
                 &N_TOKENS.to_string(),
+                "--n-depth",
+                &format!("0,{N_PROMPT}"),
             ])
             .args(["--output", "json"])
             .stderr(Stdio::null()),
     )?;
     let rows: Vec<Value> = serde_json::from_slice(&told)
         .map_err(|error| format!("llama-bench told no JSON: {error}"))?;
-    let of = |key: &str| {
+    let of = |key: &str, depth: usize| {
         let row = rows
             .iter()
-            .find(|row| row[key].as_u64().is_some_and(|n| n > 0));
-        number(
-            row.ok_or_else(|| format!("llama-bench measured no {key}"))?,
-            "avg_ts",
-        )
+            .find(|row| row[key].as_u64().is_some_and(|n| n > 0) && row["n_depth"] == depth as u64);
+        let row = row.ok_or_else(|| format!("llama-bench measured no {key} at depth {depth}"))?;
+        number(row, "avg_ts")
     };
     Ok(Speed {
-        decode: of("n_gen")?,
-        prefill: of("n_prompt")?,
+        early: of("n_gen", 0)?,
+        late: of("n_gen", N_PROMPT)?,
+        prefill: of("n_prompt", 0)?,
     })
 }
 

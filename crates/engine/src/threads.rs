@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 /// How long a thread spins before it parks. Longer than the serial steps between two products of a layer, short
 /// beside the milliseconds that spinning costs others where threads are more than processors.
-const SPIN: Duration = Duration::from_micros(20);
+const SPIN: Duration = Duration::from_micros(50);
 
 /// Threads that compute together.
 #[derive(Debug)]

@@ -8,12 +8,12 @@
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
-use engine::Wanted;
+use engine::Sequence;
 use terminal::Failure;
 
 use crate::cli::Bench;
 use crate::context::Context;
-use crate::pass::{CHUNK, Pass};
+use crate::pass::Pass;
 
 const N_RUNS: usize = 3;
 
@@ -32,38 +32,41 @@ pub(crate) fn bench(args: &Bench, context: &Context) -> Result<(), Failure> {
             config.context
         )));
     }
+    let n_streams = args.streams.get();
     let vocab = config.vocab as usize;
-    let token = |i: usize| (i * 7919 % vocab) as u32;
-    let prompt: Vec<u32> = (0..n_prompt).map(token).collect();
+    let token = |stream: usize, i: usize| ((stream * 104_729 + i * 7919) % vocab) as u32;
 
     let (mut prefill, mut decode) = (Duration::MAX, Duration::MAX);
+    let mut sequences: Vec<Sequence> = Vec::new();
     for _ in 0..N_RUNS {
-        let mut sequence = pass.sequence(n_prompt + n_tokens);
-        let begun = Instant::now();
-        for (i, tokens) in prompt.chunks(CHUNK).enumerate() {
-            let is_last = (i + 1) * CHUNK >= n_prompt;
-            let wanted = if is_last {
-                Wanted::Last
-            } else {
-                Wanted::Nothing
-            };
-            pass.step(&mut sequence, tokens, wanted)?;
+        sequences.clear();
+        for stream in 0..n_streams {
+            let prompt: Vec<u32> = (0..n_prompt).map(|i| token(stream, i)).collect();
+            let mut sequence = pass.sequence(n_prompt + n_tokens);
+            let begun = Instant::now();
+            pass.append(&mut sequence, &prompt)?;
+            prefill = prefill.min(begun.elapsed());
+            sequences.push(sequence);
         }
-        prefill = prefill.min(begun.elapsed());
         let begun = Instant::now();
         for i in 0..n_tokens {
-            pass.step(&mut sequence, &[token(n_prompt + i)], Wanted::Last)?;
+            let next: Vec<u32> = (0..n_streams)
+                .map(|stream| token(stream, n_prompt + i))
+                .collect();
+            pass.step_side_by_side(&mut sequences, &next)?;
         }
         decode = decode.min(begun.elapsed());
     }
     let bandwidth = bandwidth_gb_s(n_threads);
     let model = pass.model();
     let bytes_per_token = model.attention_bytes() + model.feed_forward_bytes();
-    let decode_tok_s = n_tokens as f64 / decode.as_secs_f64();
+    let n_decoded = n_streams * n_tokens;
+    let decode_tok_s = n_decoded as f64 / decode.as_secs_f64();
     let prefill_tok_s = n_prompt as f64 / prefill.as_secs_f64();
-    let weights_gb_s = decode_tok_s * bytes_per_token as f64 / 1e9;
+    // The weights are read once for all streams.
+    let weights_gb_s = decode_tok_s / n_streams as f64 * bytes_per_token as f64 / 1e9;
     context.output.text(format_args!(
-        "decode {decode_tok_s:.1} tokens/s: {weights_gb_s:.1} GB/s of weights, {:.0} % of the {bandwidth:.1} GB/s that \
+        "decode {decode_tok_s:.1} tokens/s, {n_streams} side by side: {weights_gb_s:.1} GB/s of weights, {:.0} % of the {bandwidth:.1} GB/s that \
          {n_threads} threads read here\nprefill {prefill_tok_s:.1} tokens/s, {n_prompt} tokens",
         100.0 * weights_gb_s / bandwidth
     ))?;
@@ -76,6 +79,7 @@ pub(crate) fn bench(args: &Bench, context: &Context) -> Result<(), Failure> {
         "threads": n_threads,
         "prompt": n_prompt,
         "tokens": n_tokens,
+        "streams": n_streams,
     }))
 }
 

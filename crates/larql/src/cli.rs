@@ -243,6 +243,9 @@ pub(crate) struct Bench {
     /// Tokens to decode
     #[arg(long, value_name = "N", default_value = "64")]
     pub(crate) tokens: NonZeroUsize,
+    /// Texts that are decoded side by side, each with a prompt of its own
+    #[arg(long, value_name = "N", default_value = "1")]
+    pub(crate) streams: NonZeroUsize,
     #[command(flatten)]
     pub(crate) computing: Computing,
 }

@@ -117,6 +117,25 @@ impl Pass {
         }];
         self.forward.step(&mut works).map_err(failed)
     }
+
+    /// One step of several sequences, each with one new token; the logits are not kept.
+    pub(crate) fn step_side_by_side(
+        &mut self,
+        sequences: &mut [Sequence],
+        tokens: &[u32],
+    ) -> Result<(), Failure> {
+        let mut works: Vec<Work<'_>> = sequences
+            .iter_mut()
+            .zip(tokens.chunks_exact(1))
+            .map(|(sequence, tokens)| Work {
+                sequence,
+                tokens,
+                logits: Wanted::Last,
+            })
+            .collect();
+        self.forward.step(&mut works).map_err(failed)?;
+        Ok(())
+    }
 }
 
 fn connect(options: &Computing, vindex: &Vindex, context: &Context) -> Result<Remote, Failure> {

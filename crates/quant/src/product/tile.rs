@@ -67,17 +67,21 @@ pub(super) struct Blocks<'a> {
 }
 
 /// Bytes that will be needed soon. A sink asks for a few of them with each group, because the CPU can wait for some lines
-/// of its cache at once and stands still when it is asked for more.
+/// of its cache at once and forgets what it is asked for beyond. So each line is asked for twice, at different times.
 #[derive(Clone, Copy)]
 pub(super) struct Ahead<'a> {
     bytes: &'a [u8],
     at: usize,
 }
 
+/// How far ahead of the second time a line is asked for the first time.
+const EARLIER_BYTES: usize = 8 << 10;
+
 impl Ahead<'_> {
     /// Asks for the next `n_bytes`.
     #[inline(always)]
     pub(super) fn ask<W: Words>(&mut self, n_bytes: usize) {
+        W::prefetch(self.bytes, self.at + EARLIER_BYTES, n_bytes);
         W::prefetch(self.bytes, self.at, n_bytes);
         self.at += n_bytes;
     }
