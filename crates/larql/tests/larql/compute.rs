@@ -155,11 +155,14 @@ fn a_trained_model_foresees_its_text() {
             "20",
             "--tokens",
             "4",
+            "--streams",
+            "2",
             "--threads",
             "1",
             "--json",
         ],
     );
+    assert_eq!(told["streams"], 2);
     for figure in [
         "decode_tok_s",
         "prefill_tok_s",
