@@ -8,6 +8,7 @@ mod failure;
 mod fleet;
 mod llama_cpp;
 mod peers;
+mod predicted;
 mod proxy;
 mod speed;
 

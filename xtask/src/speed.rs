@@ -12,6 +12,7 @@ use serde_json::Value;
 
 use crate::bench::{N_RUNS, N_THREADS, extract};
 use crate::build::{self, Done, output};
+use crate::predicted::{self, Measured};
 use crate::{checkpoint, llama_cpp};
 
 const N_PROMPT: usize = 512;
@@ -41,7 +42,7 @@ impl Speed {
 /// Runs the bench and prints the table of `BENCHMARKS.md`.
 pub(crate) fn run() -> Done {
     let peer = llama_cpp::programs()?.join("llama-bench");
-    let larql = build::programs()?.larql;
+    let build::Programs { larql, skulk } = build::programs()?;
     let folder = build::workspace("bench")?;
     let source = folder.join("Qwen3-0.6B-shape");
     checkpoint::qwen3_0_6b(&source)?;
@@ -116,7 +117,26 @@ pub(crate) fn run() -> Done {
         "{N_STREAMS} streams side by side after {N_PROMPT} tokens: {side_by_side:.1} tok/s, {:.2} x of one",
         side_by_side / alone.late
     );
-    Ok(())
+    let round_trip = |server: &WeightServer| {
+        let told = measure(&larql, &vindex, 1, &["--ffn", &server.address])?;
+        number(&told, "round_trip_us").map(Some)
+    };
+    let mut runs = Vec::new();
+    for (name, speed, round_trip_us) in [
+        ("unsplit", alone, None),
+        ("over a Unix socket", by_unix, round_trip(&over_unix)?),
+        ("over loopback TCP", by_tcp, round_trip(&over_tcp)?),
+    ] {
+        for (decode, n_before) in [(speed.early, 1), (speed.late, N_PROMPT)] {
+            runs.push(Measured {
+                name,
+                decode,
+                context: n_before + N_TOKENS / 2,
+                round_trip_us,
+            });
+        }
+    }
+    predicted::table(&skulk, &vindex, bandwidth, gb_s(alone.early), &runs)
 }
 
 /// Our speed, with `more` options.

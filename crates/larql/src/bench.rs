@@ -9,6 +9,7 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use engine::Sequence;
+use engine::wire::Remote;
 use terminal::Failure;
 
 use crate::cli::Bench;
@@ -16,6 +17,8 @@ use crate::context::Context;
 use crate::pass::Pass;
 
 const N_RUNS: usize = 3;
+
+const N_PINGS: usize = 200;
 
 /// Bytes that each thread reads to measure the bandwidth: more than caches hold.
 const READ_BYTES: usize = 256 << 20;
@@ -58,6 +61,8 @@ pub(crate) fn bench(args: &Bench, context: &Context) -> Result<(), Failure> {
         decode = decode.min(begun.elapsed());
     }
     let bandwidth = bandwidth_gb_s(n_threads);
+    let remote = pass.remote.as_deref();
+    let round_trip_us = remote.map(round_trip_us).transpose()?;
     let model = pass.model();
     let bytes_per_token = model.attention_bytes() + model.feed_forward_bytes();
     let n_decoded = n_streams * n_tokens;
@@ -76,11 +81,29 @@ pub(crate) fn bench(args: &Bench, context: &Context) -> Result<(), Failure> {
         "weights_gb_s": weights_gb_s,
         "bandwidth_gb_s": bandwidth,
         "bytes_per_token": bytes_per_token,
+        "round_trip_us": round_trip_us,
         "threads": n_threads,
         "prompt": n_prompt,
         "tokens": n_tokens,
         "streams": n_streams,
     }))
+}
+
+/// Microseconds of an empty question and its answer: the best of [`N_PINGS`] of each weight server, and of these the
+/// longest, because a layer waits for all.
+fn round_trip_us(remote: &Remote) -> Result<f64, Failure> {
+    let mut longest = Duration::ZERO;
+    for (peer, stats) in remote.stats().peers.iter().enumerate() {
+        let mut best = Duration::MAX;
+        for _ in 0..N_PINGS {
+            let ping = remote.ping(peer);
+            best = best.min(ping.map_err(|reason| {
+                Failure::new(format!("{} does not answer: {reason}", stats.address))
+            })?);
+        }
+        longest = longest.max(best);
+    }
+    Ok(longest.as_secs_f64() * 1e6)
 }
 
 /// Bytes read a second, in GB, when each thread sums a block of its own; the best of [`N_RUNS`].

@@ -9,7 +9,9 @@ use std::sync::Arc;
 
 use clap::Args;
 use engine::wire::{Address, Identity, Remote, RemoteOptions, RowType};
-use engine::{Forward, KvCache, KvType, Local, Model, Pool, Sequence, StepError, Wanted, Work};
+use engine::{
+    FeedForward, Forward, KvCache, KvType, Local, Model, Pool, Sequence, StepError, Wanted, Work,
+};
 use terminal::{Failure, Patience};
 use vindex::{Index, Share, Vindex};
 
@@ -44,6 +46,8 @@ pub(crate) struct Computing {
 pub(crate) struct Pass {
     pub(crate) forward: Forward,
     pub(crate) n_threads: usize,
+    /// The weight servers, when some are asked.
+    pub(crate) remote: Option<Arc<Remote>>,
     kv: KvType,
 }
 
@@ -65,15 +69,18 @@ impl Pass {
         let pool = Arc::new(Pool::new(n_threads));
         let model = Model::open(Arc::clone(&vindex)).map_err(Failure::of(cannot()))?;
         let model = Arc::new(model);
-        let forward = if options.ffn.is_empty() {
+        let (forward, remote) = if options.ffn.is_empty() {
             let local = Local::new(vindex, Arc::clone(&pool)).map_err(Failure::of(cannot()))?;
-            Forward::new(model, pool, Arc::new(local))
+            (Forward::new(model, pool, Arc::new(local)), None)
         } else {
-            Forward::new(model, pool, Arc::new(connect(options, &vindex, context)?)).resting()
+            let remote = Arc::new(connect(options, &vindex, context)?);
+            let forward = Forward::new(model, pool, Arc::clone(&remote) as Arc<dyn FeedForward>);
+            (forward.resting(), Some(remote))
         };
         Ok(Pass {
             forward,
             n_threads,
+            remote,
             kv: options.kv,
         })
     }

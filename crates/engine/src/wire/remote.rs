@@ -173,15 +173,15 @@ impl Remote {
         let dialed: Vec<_> = thread::scope(|scope| {
             let dials: Vec<_> = (0..peers.addresses.len())
                 .map(|peer| {
-                    scope.spawn({
-                        let peers = &peers;
-                        move || peers.dial(peer, until)
-                    })
+                    let peers = &peers;
+                    thread::Builder::new()
+                        .name("wire-dial".into())
+                        .spawn_scoped(scope, move || peers.dial(peer, until))
                 })
                 .collect();
             dials
                 .into_iter()
-                .map(|dial| dial.join().expect("a handshake does not panic"))
+                .map(|dial| dial?.join().expect("a handshake does not panic"))
                 .collect()
         });
         let mut down = Vec::new();

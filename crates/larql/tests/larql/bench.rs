@@ -33,6 +33,13 @@ impl Bench {
         Bench { dir, registry }
     }
 
+    /// With a vindex in `out`, of this checkpoint.
+    pub(crate) fn with_vindex(checkpoint: &str, quant: &str) -> Bench {
+        let bench = Bench::new();
+        bench.ok(&["extract", checkpoint, "-o", "out", "--quant", quant]);
+        bench
+    }
+
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }

@@ -4,8 +4,10 @@ use std::fs;
 use std::path::PathBuf;
 
 use serde_json::Value;
+use vindex::{Component, Vindex};
 
 use crate::bench::{Bench, kjv};
+use crate::served::Served;
 
 fn recorded() -> Vec<Value> {
     let path = PathBuf::from(kjv()).join("prompts.json");
@@ -171,4 +173,44 @@ fn a_trained_model_foresees_its_text() {
     ] {
         assert!(told[figure].as_f64().unwrap() > 0.0, "{told}");
     }
+}
+
+#[test]
+fn a_split_run_gives_the_tokens_of_an_unsplit_one_without_the_weights_it_asks_for() {
+    let bench = Bench::with_vindex(&kjv(), "q4k");
+    let served = Served::start(&bench, &["out", "--listen", "127.0.0.1:0"], &[]);
+    let run = |more: &[&str]| {
+        let ids = "20,27,34,41,48";
+        let run = ["run", "out", "--ids", ids, "--max-tokens", "24", "--greedy"];
+        json(
+            &bench,
+            &[&run[..], &["--ignore-eos", "--json"], more].concat(),
+        )
+    };
+    let unsplit = run(&[]);
+    // What the server has mapped stays with it; whoever asks it never opens these files.
+    let index = Vindex::open(&bench.path("out")).unwrap().index().clone();
+    for part in &index.parts {
+        if matches!(part.component, Component::FeedForward { .. }) {
+            fs::remove_file(bench.path("out").join(&part.file)).unwrap();
+        }
+    }
+    let peer = served.text("listen");
+    let patience = ["--ffn-deadline", "20s", "--ffn-stall", "1s"];
+    let split = run(&[&["--ffn", peer], &patience[..]].concat());
+    assert_eq!(split["ids"], unsplit["ids"]);
+    assert!(served.metric("skulk_weights_rows_total") > 0);
+
+    let bench_args = ["bench", "out", "--prompt", "8", "--tokens", "2", "--json"];
+    let told = json(&bench, &[&bench_args[..], &["--ffn", peer]].concat());
+    assert!(told["round_trip_us"].as_f64().unwrap() > 0.0, "{told}");
+
+    let run = bench.run(&["run", "out", "--ids", "20", "--ffn-deadline", "1s"]);
+    assert_eq!(run.code, Some(2), "{}", run.stderr);
+    let run = bench.run(&["run", "out", "--ids", "20", "--ffn", "127.0.0.1:1"]);
+    assert!(
+        run.code == Some(1) && run.stderr.contains("start the missing weight servers"),
+        "{}",
+        run.stderr
+    );
 }

@@ -33,8 +33,7 @@ fn refusing(status: u16, headers: &'static str) -> String {
 
 #[test]
 fn each_refusal_is_told_with_its_status() {
-    let bench = Bench::new();
-    bench.ok(&["extract", &model("llama"), "-o", "out", "--quant", "q8_0"]);
+    let bench = Bench::with_vindex(&model("llama"), "q8_0");
     for (status, headers, word) in [
         (401, "", "not authorised"),
         (403, "", "forbidden"),
@@ -104,8 +103,7 @@ fn pass_on(mut from: TcpStream, mut to: TcpStream, odd: impl Fn(usize, &mut [u8]
 
 #[test]
 fn connections_that_are_cut_are_gone_on_from() {
-    let bench = Bench::new();
-    bench.ok(&["extract", &kjv(), "-o", "out", "--quant", "q8_0"]);
+    let bench = Bench::with_vindex(&kjv(), "q8_0");
     for args in [
         &["publish", "out", "--repo", "acme/kjv", "--slices", "none"][..],
         &["pull", "acme/kjv", "-o", "pulled"],
@@ -130,8 +128,7 @@ fn connections_that_are_cut_are_gone_on_from() {
 
 #[test]
 fn bytes_that_are_not_what_the_hub_promised_are_refused() {
-    let bench = Bench::new();
-    bench.ok(&["extract", &kjv(), "-o", "out", "--quant", "q8_0"]);
+    let bench = Bench::with_vindex(&kjv(), "q8_0");
     bench.ok(&["publish", "out", "--repo", "acme/kjv", "--slices", "none"]);
     // Only parts are this long.
     let url = between(bench.registry.url(), |_, n, bytes| {
@@ -160,8 +157,7 @@ fn bytes_that_are_not_what_the_hub_promised_are_refused() {
 
 #[test]
 fn a_hub_that_only_fails_is_given_up() {
-    let bench = Bench::new();
-    bench.ok(&["extract", &model("llama"), "-o", "out", "--quant", "q8_0"]);
+    let bench = Bench::with_vindex(&model("llama"), "q8_0");
     let url = refusing(500, "");
     let vars = [("HF_ENDPOINT", url.as_str())];
     // Each is patient for half a minute, so they wait together.
@@ -225,8 +221,7 @@ fn an_interrupt_ends_with_130_and_says_what_stays() {
 
 #[test]
 fn an_index_that_lies_about_a_part_is_found_before_anything_is_fetched() {
-    let bench = Bench::new();
-    bench.ok(&["extract", &model("llama"), "-o", "out", "--quant", "q8_0"]);
+    let bench = Bench::with_vindex(&model("llama"), "q8_0");
     bench.ok(&["publish", "out", "--repo", "acme/x", "--slices", "none"]);
     let index = std::fs::read_to_string(bench.path("out/index.json")).unwrap();
     let parsed: serde_json::Value = serde_json::from_str(&index).unwrap();

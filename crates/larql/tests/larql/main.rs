@@ -8,3 +8,4 @@ mod hostile;
 mod publish;
 mod pull;
 mod serve;
+mod served;

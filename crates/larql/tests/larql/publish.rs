@@ -59,15 +59,7 @@ fn what_an_operator_sees() {
 
 #[test]
 fn a_slice_goes_into_the_named_repository_and_nothing_else() {
-    let bench = Bench::new();
-    bench.ok(&[
-        "extract",
-        &model("qwen3_moe"),
-        "-o",
-        "out",
-        "--quant",
-        "q4k",
-    ]);
+    let bench = Bench::with_vindex(&model("qwen3_moe"), "q4k");
     bench.ok(&[
         "publish",
         "out",
@@ -133,8 +125,7 @@ fn a_slice_goes_into_the_named_repository_and_nothing_else() {
 
 #[test]
 fn publishing_needs_a_token_and_says_so_before_any_work() {
-    let bench = Bench::new();
-    bench.ok(&["extract", &model("llama"), "-o", "out", "--quant", "q8_0"]);
+    let bench = Bench::with_vindex(&model("llama"), "q8_0");
     let run = bench.run_with(
         &["publish", "out", "--repo", "acme/x", "--slices", "none"],
         &[("HF_TOKEN", "")],

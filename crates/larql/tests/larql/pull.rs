@@ -8,15 +8,7 @@ use crate::bench::{Bench, kjv, model, names};
 
 #[test]
 fn an_expert_server_fetches_its_own_parts_and_no_others() {
-    let bench = Bench::new();
-    bench.ok(&[
-        "extract",
-        &model("qwen3_moe"),
-        "-o",
-        "out",
-        "--quant",
-        "q8_0",
-    ]);
+    let bench = Bench::with_vindex(&model("qwen3_moe"), "q8_0");
     bench.ok(&["publish", "out", "--repo", "acme/moe", "--slices", "none"]);
     let sent = || bench.registry.stats().sum("/resolve/").sent_bytes;
     let before = sent();
@@ -105,8 +97,7 @@ fn another_vindex_is_not_overwritten_unasked() {
 
 #[test]
 fn a_killed_pull_is_gone_on_from() {
-    let bench = Bench::new();
-    bench.ok(&["extract", &kjv(), "-o", "out", "--quant", "q8_0"]);
+    let bench = Bench::with_vindex(&kjv(), "q8_0");
     bench.ok(&["publish", "out", "--repo", "acme/kjv", "--slices", "none"]);
     for i in 0..12u64 {
         bench.kill_after(
@@ -129,8 +120,7 @@ fn a_killed_pull_is_gone_on_from() {
 #[cfg(unix)]
 #[test]
 fn a_disk_that_is_full_is_told_and_gone_on_from() {
-    let bench = Bench::new();
-    bench.ok(&["extract", &kjv(), "-o", "out", "--quant", "q8_0"]);
+    let bench = Bench::with_vindex(&kjv(), "q8_0");
     bench.ok(&["publish", "out", "--repo", "acme/kjv", "--slices", "none"]);
     // A limit on the length of files fails a write as a full disk does.
     let pull = bench.command(&["pull", "acme/kjv", "-o", "pulled"]);
@@ -160,8 +150,7 @@ fn a_disk_that_is_full_is_told_and_gone_on_from() {
 
 #[test]
 fn a_repository_without_a_vindex_is_said_to_be_one() {
-    let bench = Bench::new();
-    bench.ok(&["extract", &model("llama"), "-o", "out", "--quant", "q8_0"]);
+    let bench = Bench::with_vindex(&model("llama"), "q8_0");
     bench.ok(&["publish", "out", "--repo", "acme/x", "--slices", "none"]);
     let run = bench.run(&["pull", "acme/x@nowhere", "-o", "pulled"]);
     assert_eq!(run.code, Some(1));
@@ -177,15 +166,7 @@ fn a_repository_without_a_vindex_is_said_to_be_one() {
 
 #[test]
 fn a_range_of_experts_fetches_its_bytes_and_no_others() {
-    let bench = Bench::new();
-    bench.ok(&[
-        "extract",
-        &model("qwen3_moe"),
-        "-o",
-        "out",
-        "--quant",
-        "f32",
-    ]);
+    let bench = Bench::with_vindex(&model("qwen3_moe"), "f32");
     bench.ok(&[
         "publish",
         "out",
@@ -259,8 +240,7 @@ fn held_bytes(bench: &Bench, dir: &str) -> u64 {
 
 #[test]
 fn a_range_of_layers_and_the_attention_are_fewer_parts() {
-    let bench = Bench::new();
-    bench.ok(&["extract", &model("llama"), "-o", "out", "--quant", "q8_0"]);
+    let bench = Bench::with_vindex(&model("llama"), "q8_0");
     bench.ok(&["publish", "out", "--repo", "acme/full", "--slices", "none"]);
     bench.ok(&[
         "publish",
@@ -339,15 +319,7 @@ fn a_range_of_layers_and_the_attention_are_fewer_parts() {
 
 #[test]
 fn a_killed_pull_of_a_range_is_gone_on_from() {
-    let bench = Bench::new();
-    bench.ok(&[
-        "extract",
-        &model("qwen3_moe"),
-        "-o",
-        "out",
-        "--quant",
-        "f32",
-    ]);
+    let bench = Bench::with_vindex(&model("qwen3_moe"), "f32");
     bench.ok(&["publish", "out", "--repo", "acme/moe", "--slices", "none"]);
     let pull = ["pull", "acme/moe", "-o", "some", "--experts", "1..4"];
     for i in 0..12u64 {
@@ -368,15 +340,7 @@ fn a_killed_pull_of_a_range_is_gone_on_from() {
 /// Of a part that was begun, only what is missing is fetched; what is damaged is fetched again, by expert.
 #[test]
 fn a_range_that_was_begun_is_not_fetched_twice() {
-    let bench = Bench::new();
-    bench.ok(&[
-        "extract",
-        &model("qwen3_moe"),
-        "-o",
-        "out",
-        "--quant",
-        "f32",
-    ]);
+    let bench = Bench::with_vindex(&model("qwen3_moe"), "f32");
     bench.ok(&["publish", "out", "--repo", "acme/moe", "--slices", "none"]);
     let sent = || bench.registry.stats().sum("/resolve/").sent_bytes;
     let before = sent();

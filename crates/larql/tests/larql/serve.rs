@@ -2,121 +2,18 @@
 //! shown over HTTP, and how it ends.
 
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpListener;
 use std::path::Path;
-use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use engine::wire::{Address, ConnectError, Identity, Remote, RemoteOptions, Secret};
+use engine::wire::{ConnectError, Identity, Remote, RemoteOptions, Secret};
 use engine::{Batch, FeedForward, Local, Pool, Visit};
 use serde_json::Value;
 use vindex::{Component, INDEX_FILE, Index, Part, SLICE_FILE, Tensor, Vindex};
 
 use crate::bench::{Bench, model, names};
-
-/// A weight server that has said that it is ready.
-struct Served {
-    child: Child,
-    ready: Value,
-    /// From its start to its ready line.
-    took: Duration,
-}
-
-impl Served {
-    fn start(bench: &Bench, args: &[&str], vars: &[(&str, &str)]) -> Served {
-        let args = [&["--json", "serve"], args].concat();
-        let mut command = bench.command(&args);
-        command.envs(vars.iter().copied());
-        command.stdout(Stdio::piped()).stderr(Stdio::piped());
-        let began = Instant::now();
-        let mut child = command.spawn().unwrap();
-        let mut line = String::new();
-        let mut stdout = BufReader::new(child.stdout.take().unwrap());
-        stdout.read_line(&mut line).unwrap();
-        let took = began.elapsed();
-        let ready: Value = serde_json::from_str(&line).unwrap_or_default();
-        if ready["ready"] != true {
-            let mut stderr = String::new();
-            child
-                .stderr
-                .take()
-                .unwrap()
-                .read_to_string(&mut stderr)
-                .unwrap();
-            panic!("{args:?} did not serve: {stderr}");
-        }
-        Served { child, ready, took }
-    }
-
-    fn text(&self, key: &str) -> &str {
-        self.ready[key].as_str().unwrap()
-    }
-
-    fn address(&self) -> Address {
-        self.text("listen").parse().unwrap()
-    }
-
-    /// Status and body.
-    fn get(&self, path: &str, token: Option<&str>) -> (u16, String) {
-        let mut stream = TcpStream::connect(self.text("http")).unwrap();
-        let token = token
-            .map(|token| format!("Authorization: Bearer {token}\r\n"))
-            .unwrap_or_default();
-        write!(
-            stream,
-            "GET {path} HTTP/1.1\r\nHost: x\r\n{token}Connection: close\r\n\r\n"
-        )
-        .unwrap();
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).unwrap();
-        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
-        (head[9..12].parse().unwrap(), body.to_owned())
-    }
-
-    /// A metric's value.
-    fn metric(&self, name: &str) -> u64 {
-        let (status, text) = self.get("/metrics", None);
-        assert_eq!(status, 200);
-        let line = text
-            .lines()
-            .find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-        line.unwrap_or_else(|| panic!("{name}\n{text}"))
-            .parse()
-            .unwrap()
-    }
-
-    fn signal(&self, name: &str) {
-        let kill = format!("kill -{name} {}", self.child.id());
-        assert!(
-            Command::new("sh")
-                .args(["-c", &kill])
-                .status()
-                .unwrap()
-                .success()
-        );
-    }
-
-    /// Waits for its end; what it told on standard error.
-    fn ended(mut self) -> (ExitStatus, String) {
-        let mut stderr = String::new();
-        self.child
-            .stderr
-            .take()
-            .unwrap()
-            .read_to_string(&mut stderr)
-            .unwrap();
-        (self.child.wait().unwrap(), stderr)
-    }
-}
-
-impl Drop for Served {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
+use crate::served::Served;
 
 /// Rows that are no round numbers.
 fn rows(n_rows: usize, hidden: usize) -> Vec<f32> {
@@ -161,8 +58,7 @@ fn local(dir: &Path) -> Local {
 
 #[test]
 fn two_servers_of_layers_give_the_rows_of_one_process() {
-    let bench = Bench::new();
-    bench.ok(&["extract", &model("llama"), "-o", "out", "--quant", "q8_0"]);
+    let bench = Bench::with_vindex(&model("llama"), "q8_0");
     let dir = bench.path("out");
     fs::write(bench.path("secret"), "a secret of these tests\n").unwrap();
     let socket = format!("unix:{}", bench.path("low.sock").display());
@@ -218,15 +114,7 @@ fn two_servers_of_layers_give_the_rows_of_one_process() {
 
 #[test]
 fn servers_of_a_repository_pull_their_experts_and_give_the_rows_of_one_process() {
-    let bench = Bench::new();
-    bench.ok(&[
-        "extract",
-        &model("qwen3_moe"),
-        "-o",
-        "out",
-        "--quant",
-        "q4k",
-    ]);
+    let bench = Bench::with_vindex(&model("qwen3_moe"), "q4k");
     let publish = [
         "--json",
         "publish",
@@ -279,8 +167,7 @@ fn servers_of_a_repository_pull_their_experts_and_give_the_rows_of_one_process()
 
 #[test]
 fn it_drains_when_told_to_stop() {
-    let bench = Bench::new();
-    bench.ok(&["extract", &model("llama"), "-o", "out", "--quant", "q8_0"]);
+    let bench = Bench::with_vindex(&model("llama"), "q8_0");
     let hidden = Vindex::open(&bench.path("out"))
         .unwrap()
         .index()
@@ -302,8 +189,7 @@ fn it_drains_when_told_to_stop() {
 
 #[test]
 fn what_cannot_be_served_is_said_before_anything_listens() {
-    let bench = Bench::new();
-    bench.ok(&["extract", &model("llama"), "-o", "out", "--quant", "q8_0"]);
+    let bench = Bench::with_vindex(&model("llama"), "q8_0");
     bench.ok(&["publish", "out", "--repo", "acme/full", "--slices", "none"]);
     bench.ok(&["pull", "acme/full", "-o", "node", "--slice", "attention"]);
     bench.ok(&["pull", "acme/full", "-o", "low", "--layers", "0..1"]);
@@ -426,8 +312,7 @@ fn what_cannot_be_served_is_said_before_anything_listens() {
 
 #[test]
 fn beyond_this_machine_a_secret_opens_and_a_token_shows() {
-    let bench = Bench::new();
-    bench.ok(&["extract", &model("llama"), "-o", "out", "--quant", "q8_0"]);
+    let bench = Bench::with_vindex(&model("llama"), "q8_0");
     fs::write(bench.path("token"), "tok-en\n").unwrap();
     let args = [
         "out",
