@@ -15,7 +15,7 @@ use std::time::Duration;
 use engine::wire::{Address, Identity, Listener, Secret, Server, ServerLimits, ServerOptions};
 use engine::{Local, Pool};
 use hub::{Reference, Wanted};
-use terminal::{Failure, Meter, Stop, size, tell};
+use terminal::{Failure, Meter, Stop, read_secret, size, tell};
 use tokio::net::TcpListener;
 use vindex::{Share, Slice, Vindex};
 
@@ -23,8 +23,6 @@ use crate::cli::Serve;
 use crate::context::Context;
 use crate::http::{self, Shown};
 use crate::pull;
-
-const SECRET_BYTES_MAX: u64 = 64 << 10;
 
 /// Serves until the process is told to stop.
 pub(crate) fn serve(args: &Serve, context: &Context) -> Result<(), Failure> {
@@ -251,24 +249,4 @@ pub(crate) fn secret(file: Option<&Path>, context: &Context) -> Result<Secret, F
         None => context.secret(),
     };
     Ok(text.map_or_else(Secret::default, |text| Secret::new(text.into_bytes())))
-}
-
-/// A line of text that is not to be shown.
-fn read_secret(path: &Path, what: &str) -> Result<String, Failure> {
-    let failed = |error| Failure::io(&format!("cannot read the {what} in"), path, error);
-    let n_bytes = fs::metadata(path).map_err(failed)?.len();
-    if n_bytes > SECRET_BYTES_MAX {
-        return Err(Failure::new(format!(
-            "{} is too long for a {what}",
-            path.display()
-        )));
-    }
-    let text = fs::read_to_string(path).map_err(failed)?;
-    match text.trim() {
-        "" => Err(
-            Failure::new(format!("there is no {what} in {}", path.display()))
-                .hint("`openssl rand -hex 32` makes one"),
-        ),
-        text => Ok(text.to_owned()),
-    }
 }

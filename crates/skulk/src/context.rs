@@ -52,7 +52,8 @@ impl Context {
 
     /// The secret of the environment.
     pub(crate) fn secret(&self) -> Option<String> {
-        variable("SKULK_SECRET")
+        let secret = variable("SKULK_SECRET")?.trim().to_owned();
+        Some(secret).filter(|secret| !secret.is_empty())
     }
 
     /// Where pulled vindexes are kept when the command line does not say.

@@ -13,7 +13,7 @@ use engine::wire::{Identity, Remote, RemoteOptions, Secret};
 use engine::{
     Drafts, Engine, EngineOptions, EngineParts, FeedForward, GrammarFactory, Local, Pool, Tokenizer,
 };
-use terminal::{Failure, Output, Stop, tell};
+use terminal::{Failure, Output, Stop, read_secret, tell};
 use tokio::net::TcpListener;
 use tokio::sync::{Mutex, Semaphore};
 use vindex::Vindex;
@@ -27,7 +27,7 @@ use crate::listen::{self, Limits};
 use crate::metrics::{Metrics, TIDY_EVERY};
 use crate::model::{self, Opened};
 
-/// A file with a secret, keys or a template is never this long.
+/// A file with keys or a template is never this long.
 const FILE_BYTES_MAX: u64 = 4 << 20;
 /// Where the system does not tell how much memory is free.
 const FREE_BYTES_UNKNOWN: u64 = 2 << 30;
@@ -256,20 +256,13 @@ fn keys(args: &cli::Serve, context: &Context) -> Result<Keys, Failure> {
     Keys::parse(&text).map_err(|why| Failure::new(format!("{place}: {why}")))
 }
 
-/// The secret of the file, else of the environment, else none; white space around it is the editor's.
+/// The secret of the file, else of the environment, else none.
 fn secret(path: Option<&Path>, context: &Context) -> Result<Secret, Failure> {
-    let (text, place) = match path {
-        Some(path) => (read(path)?, path.display().to_string()),
-        None => match context.secret() {
-            Some(text) => (text, "SKULK_SECRET".to_owned()),
-            None => return Ok(Secret::default()),
-        },
+    let text = match path {
+        Some(path) => Some(read_secret(path, "secret")?),
+        None => context.secret(),
     };
-    match text.trim() {
-        "" => Err(Failure::new(format!("there is no secret in {place}"))
-            .hint("`openssl rand -hex 32` makes one")),
-        secret => Ok(Secret::new(secret.as_bytes())),
-    }
+    Ok(text.map_or_else(Secret::default, |text| Secret::new(text.into_bytes())))
 }
 
 fn read(path: &Path) -> Result<String, Failure> {

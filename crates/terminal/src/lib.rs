@@ -8,6 +8,7 @@ mod failure;
 mod meter;
 mod output;
 mod patience;
+mod secret;
 mod stop;
 
 use std::io;
@@ -17,6 +18,7 @@ pub use failure::Failure;
 pub use meter::{Meter, size};
 pub use output::{Output, json_line, tell, write};
 pub use patience::Patience;
+pub use secret::read_secret;
 pub use stop::Stop;
 
 /// Exit status of a program that an interrupt ended.

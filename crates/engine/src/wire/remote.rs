@@ -58,6 +58,12 @@ pub enum ConnectError {
     /// No server was named, or one was named twice.
     #[error("{0}")]
     Peers(String),
+    /// A server is beyond this machine, and there is no secret to know it by.
+    #[error("refusing to ask {peer} without a secret")]
+    Stranger {
+        /// Its address.
+        peer: Address,
+    },
     /// A server does not know our secret, or we do not know its.
     #[error("{peer} has another secret; give both ends the same")]
     Secret {
@@ -89,6 +95,9 @@ impl ConnectError {
     pub fn hint(&self) -> &'static str {
         match self {
             ConnectError::Peers(_) => "name each weight server once: --ffn HOST:PORT,unix:/path",
+            ConnectError::Stranger { .. } => {
+                "give both ends the same file by --secret-file, or set SKULK_SECRET; without one, ask 127.0.0.1 or unix:/path"
+            }
             ConnectError::Secret { .. } => "give both ends the same file by --secret-file",
             ConnectError::Identity { .. } => {
                 "a node and its weight servers need the same vindex; compare larql dump"
@@ -155,7 +164,8 @@ pub struct PeerStats {
 
 impl Remote {
     /// Greets all servers at once. One that can't be reached is tried again in the background when the others hold all
-    /// of the model; servers that hold the same are replicas of each other.
+    /// of the model; servers that hold the same are replicas of each other. Beyond this machine none is asked without a
+    /// secret.
     ///
     /// # Errors
     /// [`ConnectError`]; it takes as long as a handshake may.
@@ -166,6 +176,10 @@ impl Remote {
         let mut seen = BTreeSet::new();
         if let Some(twice) = peers.iter().find(|peer| !seen.insert(*peer)) {
             return Err(ConnectError::Peers(format!("{twice} is named twice")));
+        }
+        let stranger = peers.iter().find(|peer| !peer.is_local());
+        if let (Some(peer), true) = (stranger, options.secret.is_empty()) {
+            return Err(ConnectError::Stranger { peer: peer.clone() });
         }
         let n_layers = options.model.n_layers;
         let until = Instant::now() + options.hello;

@@ -49,6 +49,12 @@ fn connecting_says_what_is_missing_and_why() {
         connect(&[&low.address, &low.address]),
         Err(ConnectError::Peers(_))
     ));
+    // Nobody beyond this machine is asked without a secret, and that is said before anybody is.
+    let far: Address = "weights.example:7844".parse().expect("an address");
+    assert_eq!(
+        connect(&[&low.address, &far]).expect_err("there is no secret"),
+        ConnectError::Stranger { peer: far }
+    );
     // With the missing part, a server that can't be reached is no obstacle.
     let rest = Running::of(part(2..3, 2..4), &tcp());
     let remote =

@@ -129,7 +129,7 @@ pub fn step(
 }
 
 /// Tokens/s of one stream on one machine that reads `bandwidth` bytes/s, with feed-forward in another process of it at
-/// `round_trip` seconds when there is one: what a bench compares with a measured run.
+/// `round_trip` seconds when there is one.
 pub fn predict(shape: &Shape, load: Load, bandwidth: f64, round_trip: Option<f64>) -> f64 {
     let share = Share {
         speed: Speed { bandwidth },
