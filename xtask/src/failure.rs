@@ -149,7 +149,7 @@ pub(crate) fn run(rounds: usize, only: &str, larql: Option<PathBuf>) -> Done {
             let (ended, spent) = loop {
                 STOOD_STILL_MS.store(0, Ordering::Relaxed);
                 let done = case.round(&fleet, &replica, &other, &unsplit, place)?;
-                let still = STOOD_STILL_MS.load(Ordering::Relaxed);
+                let still = stood_still_ms();
                 match done {
                     // Nobody's clock says anything about such a round.
                     _ if still > STILL_MS_MAX => {
@@ -186,6 +186,7 @@ pub(crate) fn run(rounds: usize, only: &str, larql: Option<PathBuf>) -> Done {
 /// The longest time in which this process did not get to run, in milliseconds: others' work on this machine, or
 /// somebody who stops everything for a while.
 static STOOD_STILL_MS: AtomicU64 = AtomicU64::new(0);
+static N_TICKS: AtomicU64 = AtomicU64::new(0);
 const STILL_MS_MAX: u64 = 1000;
 
 fn watch_stillness() {
@@ -193,7 +194,17 @@ fn watch_stillness() {
         let before = Instant::now();
         std::thread::sleep(Duration::from_millis(20));
         STOOD_STILL_MS.fetch_max(before.elapsed().as_millis() as u64, Ordering::Relaxed);
+        N_TICKS.fetch_add(1, Ordering::Release);
     }
+}
+
+/// Since it was set to zero, up to here: the tick that is under way has to end, because it may be the long one.
+fn stood_still_ms() -> u64 {
+    let n_ticks = N_TICKS.load(Ordering::Acquire);
+    while N_TICKS.load(Ordering::Acquire) == n_ticks {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    STOOD_STILL_MS.load(Ordering::Relaxed)
 }
 
 enum Outcome {

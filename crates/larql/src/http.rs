@@ -3,6 +3,7 @@
 //! Invariant: connections, headers and answers are bounded in number, time and size, and nothing that is asked here
 //! changes anything. Beyond this machine metrics are for those who know a token; whether it lives is for all.
 
+use std::collections::VecDeque;
 use std::fmt::Write as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -20,7 +21,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use subtle::ConstantTimeEq;
 use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
+use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
 use vindex::Vindex;
 
@@ -69,9 +70,9 @@ pub(crate) async fn serve(listener: TcpListener, shown: Arc<Shown>) {
         .route("/ready", get(ready))
         .route("/metrics", get(metrics))
         .with_state(shown);
-    let slots = Arc::new(Semaphore::new(CONNECTIONS_MAX));
-    // The semaphore is never closed.
-    while let Ok(slot) = Arc::clone(&slots).acquire_owned().await {
+    // The oldest first. It makes room for the next: whoever means well is answered in a moment.
+    let mut open: VecDeque<AbortHandle> = VecDeque::new();
+    loop {
         let Ok((stream, _)) = listener.accept().await else {
             // Most often too many open files: others must end first.
             sleep(Duration::from_millis(100)).await;
@@ -85,11 +86,17 @@ pub(crate) async fn serve(listener: TcpListener, shown: Arc<Shown>) {
                 TokioIo::new(stream),
                 TowerToHyperService::new(router.clone()),
             );
-        tokio::spawn(async move {
+        open.retain(|connection| !connection.is_finished());
+        if open.len() >= CONNECTIONS_MAX
+            && let Some(oldest) = open.pop_front()
+        {
+            oldest.abort();
+        }
+        let task = tokio::spawn(async move {
             // However it ends, there is nobody to tell.
             let _ = timeout(CONNECTION_TIMEOUT, connection).await;
-            drop(slot);
         });
+        open.push_back(task.abort_handle());
     }
 }
 

@@ -2,7 +2,7 @@
 //! shown over HTTP, and how it ends.
 
 use std::fs::{self, File};
-use std::net::TcpListener;
+use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -339,6 +339,18 @@ fn beyond_this_machine_a_secret_opens_and_a_token_shows() {
 
 /// 20 GB of weights that are all holes: nothing but the index is read before a node asks, and then only its layer.
 #[cfg(target_os = "linux")]
+#[test]
+fn who_says_nothing_keeps_nobody_from_asking_whether_it_lives() {
+    let bench = Bench::with_vindex(&model("llama"), "q8_0");
+    let served = Served::start(&bench, &["out", "--listen", "127.0.0.1:0"], &[]);
+    let silent: Vec<TcpStream> = (0..300)
+        .map(|_| TcpStream::connect(served.text("http")).unwrap())
+        .collect();
+    assert_eq!(served.get("/health", None), (200, "ok\n".to_owned()));
+    assert_eq!(served.get("/ready", None).0, 200);
+    drop(silent);
+}
+
 #[test]
 fn a_large_vindex_is_ready_at_once_and_holds_what_was_asked_for() {
     let bench = Bench::new();
