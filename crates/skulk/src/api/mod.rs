@@ -19,7 +19,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
-use axum::body::Body;
+use axum::body::{Body, BodyDataStream};
 use axum::extract::{Path, Request, State};
 use axum::http::header::{AUTHORIZATION, CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
 use axum::http::{HeaderMap, HeaderValue};
@@ -41,6 +41,8 @@ const BODY_BYTES_MAX: usize = 8 << 20;
 /// bytes of text, and six times as many where JSON escapes them all.
 const BODY_BYTES_BESIDE: usize = 1 << 20;
 const BODY_BYTES_OF_TOKEN: usize = 64;
+/// Of what follows in a body that is too large.
+const BODY_BYTES_PASSED: usize = 64 << 20;
 /// A body up to this size is read whoever else sends one.
 const SMALL_BODY_BYTES: usize = 64 << 10;
 /// Larger bodies that are held at a time.
@@ -237,6 +239,8 @@ async fn read(
     while let Some(chunk) = stream.next().await {
         let chunk = chunk.map_err(|_| ApiError::body("The request's body was cut off."))?;
         if bytes.len() + chunk.len() > bytes_max {
+            drop((bytes, large));
+            pass_over(stream).await;
             return Err(ApiError::too_large(bytes_max));
         }
         if bytes.len() + chunk.len() > SMALL_BODY_BYTES && large.is_none() {
@@ -246,6 +250,17 @@ async fn read(
         bytes.extend_from_slice(&chunk);
     }
     Ok((bytes, large))
+}
+
+/// Lets the rest of a body pass, up to a bound: a client that is still sending when it is answered may not read why.
+async fn pass_over(mut stream: BodyDataStream) {
+    let mut n_bytes = 0;
+    while let Some(Ok(chunk)) = stream.next().await {
+        n_bytes += chunk.len();
+        if n_bytes > BODY_BYTES_PASSED {
+            return;
+        }
+    }
 }
 
 async fn no_route(request: Request) -> ApiError {
