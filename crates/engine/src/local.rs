@@ -28,6 +28,8 @@ pub struct Local {
     experts: Range<u32>,
     /// Of `layers`, in order.
     weights: Vec<Layer>,
+    /// Whether the threads are of no use between calls.
+    rests: bool,
     scratch: Mutex<Scratch>,
 }
 
@@ -111,8 +113,19 @@ impl Local {
             layers,
             experts,
             weights,
+            rests: false,
             scratch: Mutex::default(),
         })
+    }
+
+    /// The same weights, for a caller who does something else between calls: the threads leave the processors alone
+    /// meanwhile.
+    #[must_use]
+    pub fn resting(self) -> Local {
+        Local {
+            rests: true,
+            ..self
+        }
     }
 
     /// Layers that are held.
@@ -186,6 +199,9 @@ impl FeedForward for Local {
             for (row, &visit) in output.chunks_exact(hidden).zip(&visits.order) {
                 out[visit as usize * hidden..][..hidden].copy_from_slice(row);
             }
+        }
+        if self.rests {
+            self.pool.rest();
         }
         if let Some([_, _, bias]) = &layer.bias {
             out.chunks_exact_mut(hidden).for_each(|row| add(row, bias));

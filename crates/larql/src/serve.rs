@@ -40,7 +40,8 @@ pub(crate) fn serve(args: &Serve, context: &Context) -> Result<(), Failure> {
         args.threads.map_or_else(n_processors, usize::from),
     ));
     let local = Local::new(Arc::clone(&vindex), pool)
-        .map_err(Failure::of(format!("cannot serve {}", dir.display())))?;
+        .map_err(Failure::of(format!("cannot serve {}", dir.display())))?
+        .resting();
     let (layers, experts) = (local.layers(), local.experts());
     let options = ServerOptions {
         model: Identity::of(&vindex),
