@@ -9,8 +9,12 @@ use quant::{ActivationRows, Activations, BlockType, Columns, Matrix};
 
 use crate::threads::Pool;
 
-/// Tasks for each thread: enough that one which began late does not keep the others waiting for long.
+/// Tasks for each thread: one large, because each begins with weights that nobody has asked for yet, and some small,
+/// so that a thread which began late does not keep the others waiting for long.
 const TASKS_PER_THREAD: usize = 4;
+
+/// What the large tasks have of all rows, in eighths.
+const LARGE_EIGHTHS: usize = 6;
 
 /// Rows of weights that the kernels take at once; a task has whole tiles.
 const TILE: usize = 16;
@@ -35,17 +39,42 @@ pub(crate) fn parts<'a>(
     n_threads: usize,
 ) -> impl Iterator<Item = Part<'a>> {
     let n_tasks = (TASKS_PER_THREAD * n_threads).div_ceil(n_products.max(1));
-    let step = match n_threads {
-        1 => w.n_rows,
-        _ => w.n_rows.div_ceil(n_tasks).next_multiple_of(TILE),
-    };
     let mut rest = Some(Columns::new(out, w.n_rows));
-    (0..w.n_rows).step_by(step).map(move |start| {
-        let rows = start..w.n_rows.min(start + step);
+    cuts(w.n_rows, n_tasks, n_threads).map(move |rows| {
         let columns = rest.take().expect("it is put back below");
         let (out, right) = columns.split_at(rows.len());
         rest = Some(right);
         Part { w, rows, out }
+    })
+}
+
+/// `n_rows` rows in about `n_tasks` ranges of whole tiles, the large ones first.
+fn cuts(n_rows: usize, n_tasks: usize, n_threads: usize) -> impl Iterator<Item = Range<usize>> {
+    let tiles = |rows: usize| rows.next_multiple_of(TILE).max(TILE);
+    let (n_large, large) = if n_threads == 1 {
+        (1, n_rows)
+    } else if n_tasks > n_threads {
+        let large = n_rows * LARGE_EIGHTHS / 8 / n_threads / TILE * TILE;
+        (n_threads, large)
+    } else {
+        (0, 0)
+    };
+    let n_small = n_tasks.saturating_sub(n_large).max(1);
+    let small = tiles(n_rows.saturating_sub(n_large * large).div_ceil(n_small));
+    let mut start = 0;
+    let mut n_cut = 0;
+    std::iter::from_fn(move || {
+        if start == n_rows {
+            return None;
+        }
+        let step = if n_cut < n_large && large > 0 {
+            large
+        } else {
+            small
+        };
+        let rows = start..n_rows.min(start + step);
+        (start, n_cut) = (rows.end, n_cut + 1);
+        Some(rows)
     })
 }
 
@@ -126,4 +155,31 @@ pub(crate) fn sized<T: Clone + Default>(buffer: &mut Vec<T>, len: usize) -> &mut
         buffer.resize(len, T::default());
     }
     &mut buffer[..len]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_are_cut_into_whole_tiles_once_each() {
+        for n_rows in [1, 15, 16, 17, 48, 100, 256, 1024, 3072, 151_936] {
+            for n_threads in [1, 2, 3, 8, 64] {
+                for n_tasks in [1, 2, 4 * n_threads] {
+                    let cuts: Vec<Range<usize>> = cuts(n_rows, n_tasks, n_threads).collect();
+                    let mut next = 0;
+                    for cut in &cuts {
+                        assert_eq!(cut.start, next, "{cuts:?}");
+                        assert!(
+                            !cut.is_empty() && cut.start.is_multiple_of(TILE),
+                            "{cuts:?}"
+                        );
+                        next = cut.end;
+                    }
+                    assert_eq!(next, n_rows);
+                    assert!(cuts.len() <= n_tasks.max(1) + n_threads, "{cuts:?}");
+                }
+            }
+        }
+    }
 }
