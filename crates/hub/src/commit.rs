@@ -24,7 +24,7 @@ use crate::partial::blocking;
 use crate::retry::Patience;
 use crate::snapshot::is_plain;
 use crate::wire::{About, Again, parse};
-use crate::{Commit, Error, File, Hub, RepoId};
+use crate::{Commit, Error, File, Hub, RepoId, Snapshot};
 
 /// Files that the Hub classifies in one call.
 const N_PREUPLOAD_MAX: usize = 256;
@@ -41,6 +41,8 @@ pub enum Content {
     Bytes(Vec<u8>),
     /// A local file, streamed; nobody may write to it meanwhile.
     File(PathBuf),
+    /// A file of another repository, streamed from there; its listing must tell its sha256.
+    Remote(Snapshot, String),
 }
 
 /// A file to add or replace.
@@ -395,6 +397,8 @@ impl Prepared<'_> {
             Content::File(path) => {
                 blocking("read", path, |path| git_oid_of(std::fs::File::open(path)?)).await?
             }
+            // It would have to be read twice; sending it again changes nothing.
+            Content::Remote(..) => return Ok(false),
         };
         Ok(oid == held.git_oid)
     }
@@ -414,6 +418,10 @@ impl Prepared<'_> {
                     Ok(bytes)
                 })
                 .await?
+            }
+            Content::Remote(snapshot, path) => {
+                let bytes = snapshot.read_range(path, 0..object.size_bytes).await?;
+                bytes.to_vec()
             }
         };
         let got = hex::encode(Sha256::digest(&bytes));
@@ -483,6 +491,12 @@ async fn prepare<'a>(
                 progress(Upload::Hashed(*size_bytes));
                 sha256.into()
             }
+            (None, Content::Remote(_, path)) => {
+                return Err(Error::Id {
+                    text: path.clone(),
+                    reason: "the listing of a file elsewhere must tell its sha256",
+                });
+            }
         };
         let sample = match content {
             Content::Bytes(bytes) => bytes[..bytes.len().min(SAMPLE_BYTES as usize)].to_vec(),
@@ -495,6 +509,10 @@ async fn prepare<'a>(
                     Ok(sample)
                 })
                 .await?
+            }
+            Content::Remote(snapshot, path) => {
+                let sample = snapshot.read_range(path, 0..SAMPLE_BYTES.min(*size_bytes));
+                sample.await?.to_vec()
             }
         };
         files.push(Prepared { object, sample });

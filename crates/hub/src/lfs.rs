@@ -52,7 +52,7 @@ impl Object<'_> {
     pub(crate) fn place(&self) -> PathBuf {
         match self.content {
             Content::File(path) => path.clone(),
-            Content::Bytes(_) => PathBuf::from(self.path),
+            Content::Bytes(_) | Content::Remote(..) => PathBuf::from(self.path),
         }
     }
 
@@ -71,6 +71,7 @@ impl Object<'_> {
                 let metadata = tokio::fs::metadata(path).await;
                 Ok(metadata.map_err(Error::io("look at", path))?.len())
             }
+            Content::Remote(snapshot, path) => Ok(snapshot.file(path)?.size_bytes),
         }
     }
 }
@@ -168,7 +169,9 @@ pub(crate) async fn upload(
 }
 
 async fn ask_batch(wire: &Wire, repo: &RepoId, objects: &[&Object<'_>]) -> Result<Batch, Error> {
-    let transfers: &[&str] = if wire.settings().xet {
+    // The Xet client takes files and bytes only.
+    let is_remote = |object: &&Object<'_>| matches!(object.content, Content::Remote(..));
+    let transfers: &[&str] = if wire.settings().xet && !objects.iter().any(is_remote) {
         &["basic", "multipart", "xet"]
     } else {
         &["basic", "multipart"]
@@ -490,6 +493,14 @@ async fn open(
                 .await
                 .map_err(Error::io("read", path))?;
             Ok(ReaderStream::with_capacity(file.take(range.end - range.start), READ_BYTES).boxed())
+        }
+        Content::Remote(snapshot, path) => {
+            let reader = snapshot.reader(path, range)?;
+            let pieces = stream::try_unfold(reader, async |mut reader| {
+                let piece = reader.next().await.map_err(io::Error::other)?;
+                Ok(piece.map(|piece| (piece, reader)))
+            });
+            Ok(pieces.boxed())
         }
     }
 }

@@ -4,6 +4,7 @@
 
 use std::time::Duration;
 
+use bytes::Bytes;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -92,6 +93,8 @@ pub struct ModelInfo {
     pub sha: Option<Commit>,
     /// Whether reading the files needs consent.
     pub is_gated: bool,
+    /// Words that describe it; among them what it is based on (`base_model:quantized:owner/name`).
+    pub tags: Vec<String>,
     /// Front matter of the card; `Null` when it has none.
     pub card_data: Value,
 }
@@ -187,6 +190,8 @@ impl Hub {
             #[serde(default)]
             gated: Value,
             #[serde(default)]
+            tags: Vec<String>,
+            #[serde(default)]
             card_data: Value,
         }
         let url = match revision {
@@ -217,6 +222,7 @@ impl Hub {
         Ok(ModelInfo {
             sha,
             is_gated: matches!(wire.gated, Value::String(_) | Value::Bool(true)),
+            tags: wire.tags,
             card_data: wire.card_data,
         })
     }
@@ -253,6 +259,33 @@ impl Hub {
         match revision.map(str::parse::<Commit>) {
             Some(Ok(asked)) if asked != sha => Err(wrong(format!("asked for {asked}, got {sha}"))),
             _ => Ok(sha),
+        }
+    }
+
+    /// A whole small file of a commit, without listing the repository; `None` when the commit has none of that path.
+    ///
+    /// # Errors
+    /// [`Error::Gated`] and the others of every request; [`Error::Protocol`] when it is longer than `size_bytes_max`.
+    pub async fn small_file(
+        &self,
+        repo: &RepoId,
+        commit: &Commit,
+        path: &str,
+        size_bytes_max: usize,
+    ) -> Result<Option<Bytes>, Error> {
+        let mut segments = vec![repo.owner(), repo.name(), "resolve", commit.as_str()];
+        segments.extend(path.split('/'));
+        let about = About {
+            repo: Some(repo),
+            revision: None,
+            file: Some((commit, path)),
+        };
+        let what = format!("read {path} of {repo}@{commit}");
+        let ask = self.wire.get(what, self.wire.url(&segments), about);
+        match self.wire.fetch(&ask, size_bytes_max).await {
+            Ok((_, bytes)) => Ok(Some(bytes)),
+            Err(Error::EntryNotFound { .. }) => Ok(None),
+            Err(error) => Err(error),
         }
     }
 

@@ -9,10 +9,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 use serde::Deserialize;
+use sha2::{Digest, Sha256};
 use tokio::runtime::Handle;
 use vindex::{Origin, Source, SourceError, SourceFile};
 
-use crate::content::is_sha256;
+use crate::content::{git_hasher, is_sha256};
 use crate::range::{Addresses, Pin, RangeReader};
 use crate::wire::{About, Wire, next_page, parse};
 use crate::{Commit, Error, Hub, RepoId};
@@ -167,6 +168,31 @@ impl Snapshot {
             });
         }
         self.read_range(path, 0..size_bytes).await
+    }
+
+    /// A whole small file, held in memory, whose bytes are what the listing says.
+    ///
+    /// # Errors
+    /// [`Error::Hash`] when they are not; otherwise as [`Snapshot::read_file`].
+    pub async fn read_checked(&self, path: &str, size_bytes_max: u64) -> Result<Bytes, Error> {
+        let bytes = self.read_file(path, size_bytes_max).await?;
+        let file = self.file(path)?;
+        let (expected, got) = match &file.sha256 {
+            Some(sha256) => (sha256, hex::encode(Sha256::digest(&bytes))),
+            None => {
+                let hasher = git_hasher(bytes.len() as u64).chain_update(&bytes);
+                (&file.git_oid, hex::encode(hasher.finalize()))
+            }
+        };
+        if got == *expected {
+            return Ok(bytes);
+        }
+        Err(Error::Hash {
+            repo: self.repo().clone(),
+            path: path.to_owned(),
+            expected: expected.clone(),
+            got,
+        })
     }
 
     pub(crate) fn wire(&self) -> &Arc<Wire> {

@@ -79,6 +79,7 @@ pub(crate) async fn upload(
                         .upload_bytes(bytes.clone(), Sha256Policy::Compute, name)
                         .await
                 }
+                Content::Remote(..) => unreachable!("Xet is not on offer for files elsewhere"),
             }
         };
         let task = timeout(wait, task).await.map_err(|_| silent())?;

@@ -27,6 +27,8 @@ pub(crate) enum View {
     Config(PathBuf),
     /// The config in the working directory, else the built-in catalog.
     Default,
+    /// The built-in catalog alone.
+    Builtin,
 }
 
 /// The merged view.
@@ -79,7 +81,7 @@ impl Catalog {
         let mut sources = Vec::new();
         for item in items(view, working_dir, home, &mut report) {
             let (mut source, text) = match item {
-                Item::Builtin => (foxlight(), Some(FOXLIGHT.to_owned())),
+                Item::Builtin => (Catalog::foxlight(), Some(FOXLIGHT.to_owned())),
                 Item::Path(path, source) => (source, read_text(&path, &mut report)),
             };
             let Some(text) = text else { continue };
@@ -105,6 +107,19 @@ impl Catalog {
             entries,
             warnings: report.findings,
         })
+    }
+
+    /// The source of the built-in catalog.
+    pub(crate) fn foxlight() -> Source {
+        Source {
+            kind: SourceKind::Builtin,
+            name: "foxlight".to_owned(),
+            namespace: Some("foxlight".to_owned()),
+            hf_owner: Some("FoxlightAI".to_owned()),
+            hf_collection: Some("FoxlightAI/vindexes-6a124406dd5fb439c431b051".to_owned()),
+            entries: 0,
+            origin: "package:foxlight".to_owned(),
+        }
     }
 
     /// The entry of that effective key.
@@ -161,23 +176,11 @@ fn items(view: &View, working_dir: &Path, home: Option<&Path>, report: &mut Repo
             );
             PathBuf::from(CONFIG_LEGACY)
         }
-        View::Default => return vec![Item::Builtin],
+        View::Default | View::Builtin => return vec![Item::Builtin],
     };
     read_text(&path, report)
         .map(|text| config::read(&path, &text, home, report))
         .unwrap_or_default()
-}
-
-fn foxlight() -> Source {
-    Source {
-        kind: SourceKind::Builtin,
-        name: "foxlight".to_owned(),
-        namespace: Some("foxlight".to_owned()),
-        hf_owner: Some("FoxlightAI".to_owned()),
-        hf_collection: Some("FoxlightAI/vindexes-6a124406dd5fb439c431b051".to_owned()),
-        entries: 0,
-        origin: "package:foxlight".to_owned(),
-    }
 }
 
 fn read_text(path: &Path, report: &mut Report) -> Option<String> {

@@ -57,6 +57,8 @@ pub(crate) enum Command {
     Catalog(Catalog),
     /// Publish the artifacts of one catalog entry
     Publish(Publish),
+    /// Read what is published for an entry again and compare it with its source
+    Verify(Verify),
     /// The directory for intermediate files
     #[command(subcommand)]
     Scratch(Scratch),
@@ -94,6 +96,8 @@ pub(crate) enum Catalog {
         /// owner/name, or the model's huggingface.co URL
         model: String,
     },
+    /// Add an entry for a model to your manifest, from what the Hub tells about it
+    Add(Add),
     /// Write a config to begin with
     Init {
         /// Where to write it
@@ -103,6 +107,24 @@ pub(crate) enum Catalog {
         #[arg(long)]
         force: bool,
     },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Add {
+    /// owner/name, or the model's huggingface.co URL
+    pub(crate) model: String,
+    /// Show the entry and stop
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    /// Do not ask
+    #[arg(long, short)]
+    pub(crate) yes: bool,
+    /// The operator source that gets the entry, by its namespace, where the config has several
+    #[arg(long, value_name = "NAME", conflicts_with = "manifest")]
+    pub(crate) source: Option<String>,
+    /// Who publishes, in a manifest that does not tell [default: the owner of its entries, else FoxlightAI]
+    #[arg(long, value_name = "OWNER")]
+    pub(crate) owner: Option<String>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -128,8 +150,14 @@ impl TierChoice {
 #[derive(Debug, Args)]
 pub(crate) struct Publish {
     /// The key of the catalog entry
-    #[arg(long, value_name = "KEY")]
-    pub(crate) model: String,
+    #[arg(long, value_name = "KEY", required_unless_present = "tier")]
+    pub(crate) model: Option<String>,
+    /// Publish every entry of this tier, one after another, and sum up
+    #[arg(long, value_enum, conflicts_with = "model")]
+    pub(crate) tier: Option<TierChoice>,
+    /// With --tier: after an entry that failed, go on with the next
+    #[arg(long, requires = "tier")]
+    pub(crate) continue_on_error: bool,
     /// What to publish
     #[arg(long, value_enum, default_value_t = Artifact::All)]
     pub(crate) artifact: Artifact,
@@ -147,6 +175,16 @@ pub(crate) struct Publish {
     pub(crate) keep_f32: bool,
     #[command(flatten)]
     pub(crate) scratch: ScratchDir,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Verify {
+    /// The key of the catalog entry
+    #[arg(value_name = "KEY")]
+    pub(crate) model: String,
+    /// What to compare
+    #[arg(long, value_enum, default_value_t = Artifact::All)]
+    pub(crate) artifact: Artifact,
 }
 
 #[derive(Debug, Args)]

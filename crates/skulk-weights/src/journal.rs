@@ -67,6 +67,13 @@ impl Work {
     }
 }
 
+impl Work {
+    /// The commit of the source.
+    pub(crate) fn commit(&self) -> Option<&str> {
+        self.commit.as_deref()
+    }
+}
+
 impl fmt::Display for Work {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let commit = self.commit.as_deref().unwrap_or("no known commit");

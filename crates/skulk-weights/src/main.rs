@@ -6,6 +6,7 @@
 //!
 //! Invariant: only `environment` reads variables. Left out: extraction and upload themselves, which are larql's.
 
+mod add;
 mod card;
 mod catalog;
 mod cli;
@@ -28,6 +29,8 @@ mod scratch;
 mod serve;
 mod space;
 mod unique;
+mod verify;
+mod vision;
 mod yaml;
 
 use std::io;
@@ -37,7 +40,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use terminal::{Failure, Output};
 
-use catalog::Catalog;
+use catalog::{Catalog, View};
 use cli::{Cli, Command};
 use environment::Environment;
 use scratch::Cleaned;
@@ -61,8 +64,17 @@ fn run(cli: &Cli, output: Output) -> Result<(), Failure> {
         Ok::<_, Failure>(catalog)
     };
     match &cli.command {
-        Command::Catalog(command) => catalog_command(command, load_and_warn, output),
+        Command::Catalog(command) => {
+            catalog_command(command, &view, load_and_warn, &environment, output)
+        }
         Command::Publish(args) => publish::publish(args, &load_and_warn()?, &environment, output),
+        Command::Verify(args) => {
+            let catalog = load_and_warn()?;
+            let entry = publish::entry(&catalog, &args.model)?;
+            let hub = hub::Hub::new(environment.hub_settings()?)
+                .map_err(Failure::of("cannot use the Hub"))?;
+            environment.block_on(verify::verify(entry, args.artifact, &hub, output))?
+        }
         Command::Scratch(cli::Scratch::Clean { scratch, yes }) => clean(
             &environment.scratch(scratch.path.as_deref()),
             *yes,
@@ -96,7 +108,9 @@ fn run(cli: &Cli, output: Output) -> Result<(), Failure> {
 
 fn catalog_command(
     command: &cli::Catalog,
+    view: &View,
     load: impl Fn() -> Result<Catalog, Failure>,
+    environment: &Environment,
     output: Output,
 ) -> Result<(), Failure> {
     match command {
@@ -150,6 +164,7 @@ fn catalog_command(
                 .iter()
                 .try_for_each(|entry| output.json_line(&entry.fields()))
         }
+        cli::Catalog::Add(args) => add::add(args, view, &load()?, environment, output),
         cli::Catalog::Init {
             output: path,
             force,

@@ -12,12 +12,15 @@ use crate::entry::{Entry, Slice, Tier};
 use crate::inspect::Inspection;
 use crate::mtp::inspection::MtpInspection;
 use crate::name;
+use crate::vision::VisionInspection;
 
 /// The variable that replaces or switches off the collection.
 pub(crate) const COLLECTION_VARIABLE: &str = "SKULK_WEIGHTS_COLLECTION";
 
 /// Which artifacts of an entry are published.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, clap::ValueEnum)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, serde::Deserialize, clap::ValueEnum,
+)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Artifact {
     /// The LARQL index.
@@ -55,6 +58,8 @@ pub(crate) struct PublishPlan {
     pub(crate) inspection: Option<Inspection>,
     /// What the network knows of the MTP sidecar; `None` until it was asked.
     pub(crate) mtp_inspection: Option<MtpInspection>,
+    /// What the network knows of the vision sidecar; `None` until it was asked.
+    pub(crate) vision_inspection: Option<VisionInspection>,
 }
 
 /// The two commands that make and publish a vindex, as words.
@@ -195,11 +200,17 @@ impl PublishPlan {
             vision,
             inspection: None,
             mtp_inspection: None,
+            vision_inspection: None,
         }
     }
 }
 
 impl<T> Step<T> {
+    /// Whether it will be carried out.
+    pub(crate) fn is_planned(&self) -> bool {
+        matches!(self, Step::Planned(_))
+    }
+
     fn new<S>(asked: bool, configured: Option<S>, plan: impl FnOnce(S) -> T) -> Step<T> {
         match configured {
             _ if !asked => Step::NotAsked,
@@ -287,6 +298,9 @@ impl fmt::Display for PublishPlan {
             write!(f, "{inspection}")?;
         }
         if let Some(inspection) = &self.mtp_inspection {
+            write!(f, "{inspection}")?;
+        }
+        if let Some(inspection) = &self.vision_inspection {
             write!(f, "{inspection}")?;
         }
         Ok(())

@@ -2,6 +2,8 @@
 //!
 //! Invariant: below the dry run nothing asks again whether this is one; the same plan value is printed or executed.
 
+mod batch;
+
 use std::path::{Path, PathBuf};
 
 use terminal::{Failure, Output};
@@ -13,29 +15,46 @@ use crate::environment::Environment;
 use crate::larql;
 use crate::mtp::inspection;
 use crate::plan::{self, Artifact, Choices, PublishPlan, Step};
-use crate::{inspect, run};
+use crate::run::{self, Done, Published};
+use crate::{inspect, vision};
 
-/// Plans the publication of one entry, and carries it out unless it is a dry run.
+/// Publishes one entry, or those of a tier, unless it is a dry run.
 pub(crate) fn publish(
     args: &Publish,
     catalog: &Catalog,
     environment: &Environment,
     output: Output,
 ) -> Result<(), Failure> {
-    let entry = entry(catalog, &args.model)?;
-    let plan = plan(
-        entry,
-        args.artifact,
-        args.scratch.path.as_deref(),
-        Choices {
-            force: args.force,
-            keep_f32: args.keep_f32,
-        },
-        environment,
-    )?;
+    if let Some(tier) = args.tier {
+        return batch::publish(args, tier.tier(), catalog, environment, output);
+    }
+    let entry = entry(catalog, args.model.as_deref().unwrap_or_default())?;
+    let plan = plan_of(entry, args, environment)?;
     if args.dry_run {
         return dry_run(plan, args.inspect, environment, output);
     }
+    let has_several =
+        plan.vindex.is_some() && [plan.mtp.is_planned(), plan.vision.is_planned()].contains(&true);
+    let scratch = plan.scratch.clone();
+    let mut done = None;
+    let record = has_several.then_some((&*scratch, &*entry.key));
+    let published = one(entry, plan, environment, output, &mut done, record)?;
+    if let Some(done) = done {
+        done.remove()?;
+    }
+    output.value(&serde_json::json!({"published": published}))
+}
+
+/// Carries out the plan of one entry, after the cheap refusals. `done` is the record of what was published before, opened
+/// here as `record` (scratch directory and name) when it is not open yet.
+fn one(
+    entry: &Entry,
+    plan: PublishPlan,
+    environment: &Environment,
+    output: Output,
+    done: &mut Option<Done>,
+    record: Option<(&Path, &str)>,
+) -> Result<Vec<Published>, Failure> {
     output.text(plan.to_string().trim_end())?;
     let settings = environment.hub_settings()?;
     if settings.token.is_none() {
@@ -49,10 +68,14 @@ pub(crate) fn publish(
     };
     let hub =
         hub::Hub::new(settings).map_err(|error| Failure::new("cannot use the Hub").cause(error))?;
+    if let (None, Some((scratch, name))) = (&done, record) {
+        *done = Some(Done::open(scratch, name)?);
+    }
     environment.block_on(run::publish(run::Request {
         plan,
         hub,
         larql,
+        done: done.as_mut(),
         output,
     }))?
 }
@@ -80,6 +103,25 @@ pub(crate) fn plan(
     Ok(PublishPlan::new(
         entry, artifact, &scratch, collection, choices,
     ))
+}
+
+/// The plan that the options ask for.
+fn plan_of(
+    entry: &Entry,
+    args: &Publish,
+    environment: &Environment,
+) -> Result<PublishPlan, Failure> {
+    let choices = Choices {
+        force: args.force,
+        keep_f32: args.keep_f32,
+    };
+    plan(
+        entry,
+        args.artifact,
+        args.scratch.path.as_deref(),
+        choices,
+        environment,
+    )
 }
 
 fn dry_run(
@@ -111,6 +153,10 @@ async fn add_inspections(
         let mut named = inspection::names(step, plan.force, hub).await?;
         named.layout(step).await?;
         plan.mtp_inspection = Some(named.inspection);
+    }
+    if let Step::Planned(step) = &plan.vision {
+        let inspected = vision::inspect(step, plan.force, hub).await?;
+        plan.vision_inspection = Some(inspected.inspection);
     }
     Ok(())
 }

@@ -4,7 +4,7 @@
 
 use std::fmt::Write as _;
 
-use terminal::size;
+use terminal::{Failure, size};
 
 use super::{License, TOOL, cell, license_lines, license_section, list, yaml};
 use crate::mtp::layout::{Kind, Layout};
@@ -35,6 +35,52 @@ pub(crate) enum SidecarContents<'a> {
         layout: &'a Layout,
         written: &'a Written,
     },
+    /// Files of the source, byte for byte.
+    Vision { files: &'a [VisionFile] },
+}
+
+/// One mirrored file.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub(crate) struct VisionFile {
+    pub(crate) path: String,
+    pub(crate) size_bytes: u64,
+    /// Of files that the source keeps as LFS objects.
+    pub(crate) sha256: Option<String>,
+}
+
+/// What the card of a repository says is in it.
+#[derive(Debug, Default)]
+pub(crate) struct ArtifactOf {
+    pub(crate) artifact_type: Option<String>,
+    pub(crate) source_repo: Option<String>,
+    pub(crate) source_commit: Option<String>,
+}
+
+impl ArtifactOf {
+    /// Nothing where there is no card, or none of ours.
+    pub(crate) fn card(card: Option<&str>) -> ArtifactOf {
+        let front = card.and_then(|card| hub::card::front_matter(card).ok()?);
+        let field = |name: &str| {
+            let value = front.as_ref()?.get("foxlight")?.get(name)?;
+            value.as_str().map(str::to_owned)
+        };
+        ArtifactOf {
+            artifact_type: field("artifact_type"),
+            source_repo: field("source_repo"),
+            source_commit: field("source_revision"),
+        }
+    }
+
+    /// Refuses a repository that holds something else.
+    pub(crate) fn must_be(&self, artifact_type: &str, repo: &str) -> Result<(), Failure> {
+        match &self.artifact_type {
+            Some(other) if other != artifact_type => Err(Failure::new(format!(
+                "{repo} holds a {other}, and a {artifact_type} would take its place"
+            ))
+            .hint("name another repository in the catalog entry, or replace what is there with --force")),
+            _ => Ok(()),
+        }
+    }
 }
 
 impl SidecarFacts<'_> {
@@ -42,6 +88,7 @@ impl SidecarFacts<'_> {
     fn artifact_type(&self) -> &'static str {
         match self.contents {
             SidecarContents::Mtp { .. } => "mtp-sidecar",
+            SidecarContents::Vision { .. } => "vision-sidecar",
         }
     }
 
@@ -89,6 +136,20 @@ impl SidecarFacts<'_> {
                     let _ = writeln!(out, "    {dtype}: {n}");
                 }
             }
+            SidecarContents::Vision { files } => {
+                out.push_str("  files:\n");
+                for file in *files {
+                    let _ = writeln!(
+                        out,
+                        "  - file: {}\n    size_bytes: {}",
+                        yaml(&file.path),
+                        file.size_bytes
+                    );
+                    if let Some(sha256) = &file.sha256 {
+                        let _ = writeln!(out, "    sha256: {}", yaml(sha256));
+                    }
+                }
+            }
         }
     }
 
@@ -100,6 +161,11 @@ impl SidecarFacts<'_> {
                 out,
                 "The multi-token prediction (MTP) heads of [{source}](https://huggingface.co/{source}), unquantized (bf16). Not a model of its\n\
                  own: the heads draft tokens that the model then verifies, and one file serves every quantization of it. Made for Skulk."
+            ),
+            SidecarContents::Vision { .. } => writeln!(
+                out,
+                "The vision weights and configuration of [{source}](https://huggingface.co/{source}), byte for byte, for models\n\
+                 whose own checkpoint leaves them out. Not a model of its own. Made for Skulk."
             ),
         };
         out.push_str("\n## Provenance\n\n| Field | Value |\n|---|---|\n");
@@ -115,6 +181,22 @@ impl SidecarFacts<'_> {
         row("Generated", generated_at);
         match &self.contents {
             SidecarContents::Mtp { layout, written } => mtp_contents(layout, written, out),
+            SidecarContents::Vision { files } => {
+                out.push_str("\n## Contents\n\n| File | Bytes | sha256 |\n|---|---:|---|\n");
+                for file in *files {
+                    let sum = file
+                        .sha256
+                        .as_ref()
+                        .map(|sum| format!("`{sum}`"))
+                        .unwrap_or_default();
+                    let _ = writeln!(
+                        out,
+                        "| {} | {} | {sum} |",
+                        cell(&file.path),
+                        file.size_bytes
+                    );
+                }
+            }
         }
         let target = self.target_model;
         let _ = match self.contents {
@@ -122,6 +204,11 @@ impl SidecarFacts<'_> {
                 out,
                 "\n## Usage\n\nSkulk loads `mtp.safetensors` beside the model when speculative decoding is on for a deployment of {target}. The file's\n\
                  `__metadata__` says how the heads are put together, what each tensor was called, and its sha256."
+            ),
+            SidecarContents::Vision { .. } => writeln!(
+                out,
+                "\n## Usage\n\nSkulk loads the vision weights beside {target}. `skulk-weights verify {}` compares them with their source.",
+                self.catalog_key
             ),
         };
         license_section(self.license, source, out);

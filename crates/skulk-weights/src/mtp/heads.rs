@@ -156,6 +156,30 @@ impl Names {
         Spelling::of(self.weight_map.keys().map(String::as_str), &self.config)
     }
 
+    /// Of a checkpoint without an index: how many files it has, and how many head tensors their headers list; `None`
+    /// when it has no weights.
+    pub(crate) fn n_in_headers(
+        &self,
+        source: &dyn Source,
+    ) -> Result<Option<(usize, usize)>, Failure> {
+        let mut headers = Headers {
+            source,
+            names: self,
+            tensors: HashMap::new(),
+            read: BTreeSet::new(),
+        };
+        let shards = self.shards(None);
+        for shard in &shards {
+            headers.read(shard)?;
+        }
+        let found = headers.tensors.keys().map(String::as_str);
+        let n_heads = match Spelling::of(found.clone(), &self.config) {
+            Some(spelling) => found.filter(|name| spelling.rename(name).is_some()).count(),
+            None => 0,
+        };
+        Ok((!shards.is_empty()).then_some((shards.len(), n_heads)))
+    }
+
     /// The files in which heads may be: those that the index names for some, else what no index accounts for.
     fn shards(&self, spelling: Option<&Spelling>) -> BTreeSet<String> {
         if let Some(spelling) = spelling {

@@ -12,6 +12,7 @@ use hub::{Hub, RepoId};
 use serde::Serialize;
 use terminal::{Failure, size};
 
+use crate::card::sidecar::ArtifactOf;
 use crate::mtp::heads::{self, Heads, Names};
 use crate::mtp::layout::{Kind, Layout, ROW_BYTES_MAX, SourceFacts};
 use crate::mtp::source::{self, Opened};
@@ -94,17 +95,21 @@ pub(crate) async fn names(step: &MtpStep, force: bool, hub: &Hub) -> Result<Name
         heads: None,
         warnings: Vec::new(),
     };
-    if let (true, Some(target)) = (exists, &target) {
+    if let Some(target) = &target {
         let card = crate::run::card_of(target)
             .await
             .map_err(Failure::of(format!("cannot read the card of {repo}")))?;
-        let made = Made::of(card.as_deref());
-        if action == Action::Skip {
-            inspection
-                .warnings
-                .extend(made.warning(step, opened.commit.as_deref()));
+        let made = ArtifactOf::card(card.as_deref());
+        if !force {
+            made.must_be("mtp-sidecar", &step.sidecar_repo)?;
         }
-        inspection.covers_commit = made.commit;
+        if action == Action::Skip {
+            let warning = difference(&made, step, opened.commit.as_deref());
+            inspection.warnings.extend(warning);
+        }
+        if exists {
+            inspection.covers_commit = made.source_commit;
+        }
     }
     let names = match action {
         Action::Skip => None,
@@ -155,41 +160,20 @@ impl Named {
     }
 }
 
-/// What the card of a sidecar says that it was made from.
-struct Made {
-    repo: Option<String>,
-    commit: Option<String>,
-}
-
-impl Made {
-    fn of(card: Option<&str>) -> Made {
-        let front = card.and_then(|card| hub::card::front_matter(card).ok()?);
-        let field = |name: &str| {
-            let value = front.as_ref()?.get("foxlight")?.get(name)?;
-            value.as_str().map(str::to_owned)
-        };
-        Made {
-            repo: field("source_repo"),
-            commit: field("source_revision"),
-        }
-    }
-
-    /// Why it may not be what would be published now.
-    fn warning(&self, step: &MtpStep, commit: Option<&str>) -> Option<String> {
-        let (source, sidecar) = (&step.source_repo, &step.sidecar_repo);
-        let what = match (&self.repo, &self.commit) {
-            (Some(repo), _) if repo != source => format!("was made from {repo}, not from {source}"),
-            (_, None) => format!("does not say which commit of {source} it was made from"),
-            (_, Some(made)) if commit.is_some_and(|commit| commit != made) => {
-                format!(
-                    "was made from {source} at {made}, which is at {} now",
-                    commit.unwrap_or_default()
-                )
+/// Why a sidecar that is there may not be what would be published now.
+fn difference(made: &ArtifactOf, step: &MtpStep, commit: Option<&str>) -> Option<String> {
+    let (source, sidecar) = (&step.source_repo, &step.sidecar_repo);
+    let what = match (&made.source_repo, &made.source_commit) {
+        (Some(repo), _) if repo != source => format!("was made from {repo}, not from {source}"),
+        (_, None) => format!("does not say which commit of {source} it was made from"),
+        (_, Some(made)) => match commit {
+            Some(commit) if commit != made => {
+                format!("was made from {source} at {made}, which is at {commit} now")
             }
             _ => return None,
-        };
-        Some(format!("{sidecar} {what}; --force replaces it"))
-    }
+        },
+    };
+    Some(format!("{sidecar} {what}; --force replaces it"))
 }
 
 /// Runs `work` on a thread that may wait for the Hub.

@@ -31,23 +31,35 @@ pub(crate) async fn open(name: &str, hub: &Hub) -> Result<Opened, Failure> {
             files: Arc::new(local),
         });
     }
+    let repo: RepoId = name.parse().map_err(Failure::of::<hub::Error>(format!(
+        "cannot read the source {name}"
+    )))?;
+    open_repo(&repo, hub).await
+}
+
+/// Opens a repository of the Hub at `main`.
+pub(crate) async fn open_repo(repo: &RepoId, hub: &Hub) -> Result<Opened, Failure> {
     let unreadable =
-        |error: hub::Error| Failure::new(format!("cannot read the source {name}")).cause(error);
-    let repo: RepoId = name.parse().map_err(unreadable)?;
-    let info = hub.model_info(&repo, None).await.map_err(unreadable)?;
+        |error: hub::Error| Failure::new(format!("cannot read the source {repo}")).cause(error);
+    let info = hub.model_info(repo, None).await.map_err(unreadable)?;
     let Some(commit) = info.sha else {
-        return Err(Failure::new(format!("the source {name} names no commit"))
+        return Err(Failure::new(format!("the source {repo} names no commit"))
             .hint("it is empty, or gated: accept its terms and use a token of that account"));
     };
-    let snapshot = hub.snapshot_at(&repo, &commit).await.map_err(unreadable)?;
-    Ok(Opened {
-        commit: Some(commit.to_string()),
-        license: License::of(&info.card_data),
+    let snapshot = hub.snapshot_at(repo, &commit).await.map_err(unreadable)?;
+    Ok(opened(snapshot, License::of(&info.card_data)))
+}
+
+/// A snapshot as a source.
+pub(crate) fn opened(snapshot: Snapshot, license: License) -> Opened {
+    Opened {
+        commit: Some(snapshot.commit().to_string()),
+        license,
         files: Arc::new(Exact {
             snapshot,
             runtime: Handle::current(),
         }),
-    })
+    }
 }
 
 /// The licence that a directory's card states, if it has one.

@@ -378,3 +378,6 @@ fn read_at(_file: &File, path: &Path, offset_bytes: u64, bytes: &mut [u8]) -> Re
     });
     read.map_err(|error| Failure::io("cannot read", path, error))
 }
+
+#[cfg(test)]
+mod tests;

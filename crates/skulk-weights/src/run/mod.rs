@@ -3,15 +3,17 @@
 //! Invariant: an artifact's repository changes by one commit that holds everything of it, after all of it is there and
 //! was checked; each artifact is complete before the next begins, so that the same command does only what is missing.
 
+mod done;
 mod filing;
 mod mtp;
 mod vindex;
+mod vision;
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use hub::{Addition, Content, Hub, RepoId, Snapshot};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use terminal::{Failure, Output};
 
 use crate::plan::{Artifact, PublishPlan, Step};
@@ -20,23 +22,27 @@ use crate::plan::{Artifact, PublishPlan, Step};
 const CARD_FILE: &str = "README.md";
 const CARD_BYTES_MAX: u64 = 4 << 20;
 
+pub(crate) use done::Done;
+
 /// A publication to carry out.
-pub(crate) struct Request {
+pub(crate) struct Request<'a> {
     pub(crate) plan: PublishPlan,
     pub(crate) hub: Hub,
     /// The program to run; empty when the plan has no vindex step.
     pub(crate) larql: PathBuf,
+    /// What earlier invocations of the same kind have published.
+    pub(crate) done: Option<&'a mut Done>,
     pub(crate) output: Output,
 }
 
 /// What was done with one artifact.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Published {
     artifact: Artifact,
     repo: String,
     page: String,
     /// It was there already, and nothing was changed.
-    skipped: bool,
+    pub(crate) skipped: bool,
     vindex: Option<String>,
     commit: Option<String>,
     collection: Option<String>,
@@ -60,45 +66,37 @@ impl Published {
 }
 
 /// Carries out every step of the plan and tells what was done; an interrupt ends it, and larql with it.
-pub(crate) async fn publish(request: Request) -> Result<(), Failure> {
+pub(crate) async fn publish(request: Request<'_>) -> Result<Vec<Published>, Failure> {
     let output = request.output;
-    let done = tokio::select! {
-        done = carry_out(request) => done?,
+    let published = tokio::select! {
+        published = carry_out(request) => published?,
         Ok(()) = tokio::signal::ctrl_c() => return Err(Failure::Interrupted),
     };
-    done.iter()
+    published
+        .iter()
         .try_for_each(|published| output.text(published))?;
-    output.value(&serde_json::json!({"published": done}))
+    Ok(published)
 }
 
-async fn carry_out(request: Request) -> Result<Vec<Published>, Failure> {
+async fn carry_out(request: Request<'_>) -> Result<Vec<Published>, Failure> {
     let Request {
         plan,
         hub,
         larql,
+        done,
         output,
     } = request;
-    if let (Step::Planned(vision), Artifact::Vision) = (&plan.vision, plan.artifact) {
-        return Err(Failure::new(format!(
-            "cannot publish hf://{}: vision sidecars are not built yet",
-            vision.sidecar_repo
-        ))
-        .hint("nothing was done"));
-    }
-    let mut done = Vec::new();
+    let mut published = Vec::new();
     if let Some(words) = &plan.vindex {
-        done.push(vindex::publish(&plan, words, &hub, &larql, output).await?);
+        published.push(vindex::publish(&plan, words, &hub, &larql, done, output).await?);
     }
     if let Step::Planned(step) = &plan.mtp {
-        done.push(mtp::publish(&plan, step, &hub, output).await?);
+        published.push(mtp::publish(&plan, step, &hub, output).await?);
     }
-    if let Step::Planned(vision) = &plan.vision {
-        return Err(Failure::new(format!(
-            "hf://{} was left out: vision sidecars are not built yet",
-            vision.sidecar_repo
-        )));
+    if let Step::Planned(step) = &plan.vision {
+        published.push(vision::publish(&plan, step, &hub, output).await?);
     }
-    Ok(done)
+    Ok(published)
 }
 
 /// The card of a repository; `None` when it has none that is text.

@@ -12,6 +12,7 @@ use hub::{CommitRequest, Hub, RepoId, Snapshot};
 use terminal::{Failure, Output, tell};
 use vindex::{INDEX_FILE, Slice, Vindex, VindexId};
 
+use super::done::Done;
 use super::{Published, card_addition, card_of, filing, remove};
 
 use crate::card::{self, Contents, Facts};
@@ -28,8 +29,18 @@ pub(super) async fn publish(
     words: &VindexStep,
     hub: &Hub,
     larql: &Path,
+    done: Option<&mut Done>,
     output: Output,
 ) -> Result<Published, Failure> {
+    if let Some(done) = &done
+        && !plan.force
+        && let Some(published) = done.find(plan, hub).await
+    {
+        return Ok(Published {
+            skipped: true,
+            ..published.clone()
+        });
+    }
     let repo: RepoId = plan
         .target_repo
         .parse()
@@ -68,6 +79,12 @@ pub(super) async fn publish(
             .ok()
             .flatten()
             .map(|id| id.to_string());
+    }
+    if let Some(done) = done {
+        done.add(
+            Work::of(plan, inspection.source.commit.as_deref()),
+            &published,
+        )?;
     }
     Ok(published)
 }
