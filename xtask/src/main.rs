@@ -4,6 +4,7 @@
 mod bench;
 mod build;
 mod checkpoint;
+mod drafting;
 mod failure;
 mod fleet;
 mod llama_cpp;
@@ -72,6 +73,8 @@ enum What {
     Extract,
     /// Decoding and prefill against llama-bench, split and unsplit.
     Serve,
+    /// Serving with guesses against serving without, unsplit and over a slow link.
+    Draft,
 }
 
 fn main() -> ExitCode {
@@ -82,6 +85,7 @@ fn main() -> ExitCode {
             what: What::Extract,
         } => bench::run(),
         Command::Bench { what: What::Serve } => speed::run(),
+        Command::Bench { what: What::Draft } => drafting::run(),
         Command::Failure {
             rounds,
             only,

@@ -5,6 +5,7 @@ use std::num::{NonZeroU32, NonZeroUsize};
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
+use engine::DraftChoice;
 use engine::wire::Address;
 use hub::{Reference, RepoId};
 use vindex::{Recipe, Slice, Span};
@@ -201,6 +202,13 @@ pub(crate) struct Run {
     /// Go on past the tokens that end a text
     #[arg(long)]
     pub(crate) ignore_eos: bool,
+    /// Who guesses tokens that the next step checks: none, ngram, mtp=FILE, or model=DIR for a smaller vindex of the same
+    /// tokens
+    #[arg(long, value_name = "WHO", default_value = "none")]
+    pub(crate) draft: DraftChoice,
+    /// Guess so many tokens each time, up to 8 [default: as many as pay]
+    #[arg(long, value_name = "N")]
+    pub(crate) draft_depth: Option<NonZeroUsize>,
     #[command(flatten)]
     pub(crate) computing: Computing,
 }

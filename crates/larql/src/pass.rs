@@ -10,7 +10,8 @@ use std::sync::Arc;
 use clap::Args;
 use engine::wire::{Address, Identity, Remote, RemoteOptions, RowType};
 use engine::{
-    FeedForward, Forward, KvCache, KvType, Local, Model, Pool, Sequence, StepError, Wanted, Work,
+    EngineParts, FeedForward, Forward, KvCache, KvType, Local, Model, Pool, Sequence, StepError,
+    Wanted, Work,
 };
 use terminal::{Failure, Patience};
 use vindex::{Index, Share, Vindex};
@@ -45,10 +46,12 @@ pub(crate) struct Computing {
 /// A model that computes.
 pub(crate) struct Pass {
     pub(crate) forward: Forward,
+    /// What the pass is made of.
+    pub(crate) parts: EngineParts,
     pub(crate) n_threads: usize,
     /// The weight servers, when some are asked.
     pub(crate) remote: Option<Arc<Remote>>,
-    kv: KvType,
+    pub(crate) kv: KvType,
 }
 
 impl Pass {
@@ -69,16 +72,26 @@ impl Pass {
         let pool = Arc::new(Pool::new(n_threads));
         let model = Model::open(Arc::clone(&vindex)).map_err(Failure::of(cannot()))?;
         let model = Arc::new(model);
-        let (forward, remote) = if options.ffn.is_empty() {
-            let local = Local::new(vindex, Arc::clone(&pool)).map_err(Failure::of(cannot()))?;
-            (Forward::new(model, pool, Arc::new(local)), None)
-        } else {
-            let remote = Arc::new(connect(options, &vindex, context)?);
-            let forward = Forward::new(model, pool, Arc::clone(&remote) as Arc<dyn FeedForward>);
-            (forward.resting(), Some(remote))
+        let is_split = !options.ffn.is_empty();
+        let (ffn, remote): (Arc<dyn FeedForward>, _) = match is_split {
+            false => {
+                let local = Local::new(vindex, Arc::clone(&pool));
+                (Arc::new(local.map_err(Failure::of(cannot()))?), None)
+            }
+            true => {
+                let remote = Arc::new(connect(options, &vindex, context)?);
+                (Arc::clone(&remote) as Arc<dyn FeedForward>, Some(remote))
+            }
         };
+        let forward = Forward::new(Arc::clone(&model), Arc::clone(&pool), Arc::clone(&ffn));
         Ok(Pass {
-            forward,
+            forward: if is_split { forward.resting() } else { forward },
+            parts: EngineParts {
+                model,
+                ffn,
+                pool,
+                tokenizer: None,
+            },
             n_threads,
             remote,
             kv: options.kv,

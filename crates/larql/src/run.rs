@@ -3,14 +3,19 @@
 //! Invariant: without a temperature the tokens are the likeliest ones, so that the same vindex and prompt always give
 //! the same. No chat template: a prompt is taken as it stands.
 
+use std::ops::ControlFlow;
+use std::sync::mpsc::channel;
 use std::time::Instant;
 
-use engine::{Decoder, Sampler, Sampling, Tokenizer};
+use engine::{
+    Decoder, DraftChoice, Drafts, Engine, EngineOptions, EngineStats, Event, Request, Sampler,
+    Sampling, Tokenizer,
+};
 use terminal::{Failure, write};
 
 use crate::cli::Run;
 use crate::context::Context;
-use crate::pass::Pass;
+use crate::pass::{CHUNK, Pass};
 
 /// Generates and tells.
 pub(crate) fn run(args: &Run, context: &Context) -> Result<(), Failure> {
@@ -54,32 +59,50 @@ pub(crate) fn run(args: &Run, context: &Context) -> Result<(), Failure> {
         .check(config.vocab as usize)
         .map_err(Failure::new)?;
     let seed = args.seed.unwrap_or(0);
-    let mut sampler = Sampler::new(&sampling, &prompt, seed);
-
-    let mut sequence = pass.sequence(prompt.len() + n_tokens_max);
     let mut decoder = Decoder::continuing(true);
-    let mut ids = Vec::new();
+    let mut ids: Vec<u32> = Vec::new();
     let begun = Instant::now();
     let mut first_token_s = 0.0;
-    let mut next = prompt.clone();
     let mut is_stopped = false;
-    while ids.len() < n_tokens_max && !is_stopped {
-        let logits = pass.append(&mut sequence, &next)?;
-        let id = sampler.choose(logits).ok_or_else(|| {
-            Failure::new("the model gives no token a probability")
-                .hint("verify the vindex: larql verify")
-        })?;
-        sampler.accept(id);
+    // Tells a token; true when it is the last.
+    let mut tell = |id: u32| -> Result<bool, Failure> {
         if ids.is_empty() {
             first_token_s = begun.elapsed().as_secs_f64();
         }
         is_stopped = ends.contains(&id);
         ids.push(id);
-        next = vec![id];
         if let (Some(tokenizer), false) = (&tokenizer, context.output.json) {
             write(&decoder.push(tokenizer, id))?;
         }
-    }
+        Ok(is_stopped || ids.len() >= n_tokens_max)
+    };
+    let guesses = if matches!(args.draft, DraftChoice::None) {
+        let mut sampler = Sampler::new(&sampling, &prompt, seed);
+        let mut sequence = pass.sequence(prompt.len() + n_tokens_max);
+        let mut next = prompt.clone();
+        loop {
+            let logits = pass.append(&mut sequence, &next)?;
+            let id = sampler.choose(logits).ok_or_else(|| {
+                Failure::new("the model gives no token a probability")
+                    .hint("verify the vindex: larql verify")
+            })?;
+            sampler.accept(id);
+            next = vec![id];
+            if tell(id)? {
+                break None;
+            }
+        }
+    } else {
+        let request = Request {
+            sampling: Sampling {
+                seed: Some(seed),
+                ..sampling
+            },
+            ignore_eos: true,
+            ..Request::new(prompt.clone(), n_tokens_max)
+        };
+        Some(with_guesses(&pass, request, args, &mut tell)?)
+    };
     let decode_s = begun.elapsed().as_secs_f64() - first_token_s;
     if !context.output.json {
         write(&(decoder.finish() + "\n"))?;
@@ -102,11 +125,58 @@ pub(crate) fn run(args: &Run, context: &Context) -> Result<(), Failure> {
             "prefill_tok_s": per_second(prompt.len(), first_token_s),
             "decode_tok_s": per_second(ids.len() - 1, decode_s),
         },
+        "guesses": guesses.map(|stats| serde_json::json!({
+            "steps": stats.n_drafts, "tokens": stats.n_drafted, "accepted": stats.n_accepted,
+            "seconds": stats.in_drafts.as_secs_f64(),
+        })),
         "bytes_per_token": {
             "attention_weights": pass.model().attention_bytes(),
             "feed_forward_weights": pass.model().feed_forward_bytes(),
         },
     }))
+}
+
+/// Generates with an engine, which checks several guesses in a step.
+fn with_guesses(
+    pass: &Pass,
+    request: Request,
+    args: &Run,
+    tell: &mut impl FnMut(u32) -> Result<bool, Failure>,
+) -> Result<EngineStats, Failure> {
+    let model = pass.model();
+    let drafts = Drafts::open(&args.draft, model, &pass.parts.pool)
+        .map_err(Failure::of("tokens cannot be guessed as --draft says"))?;
+    let options = EngineOptions {
+        kv_type: pass.kv,
+        // Pages are taken as one text needs them.
+        kv_bytes_max: 1 << 40,
+        n_running_max: 1,
+        prefill_chunk: CHUNK,
+        reuse_prefixes: false,
+        drafts,
+        draft_depth: args.draft_depth.map(usize::from),
+        ..EngineOptions::default()
+    };
+    let cannot = "cannot compute the next token";
+    let engine = Engine::start(pass.parts.clone(), options).map_err(Failure::of(cannot))?;
+    let (sender, events) = channel();
+    let sink = move |event| match sender.send(event) {
+        Ok(()) => ControlFlow::Continue(()),
+        Err(_) => ControlFlow::Break(()),
+    };
+    engine
+        .submit(request, Box::new(sink))
+        .map_err(Failure::of(cannot))?;
+    for event in events {
+        match event {
+            Event::Token(token) if tell(token.id)? => break,
+            Event::Token(_) => {}
+            Event::Finished { .. } => break,
+            Event::Failed(error) => return Err(Failure::new(cannot).cause(error)),
+        }
+    }
+    engine.stop(false);
+    Ok(engine.stats())
 }
 
 fn sampling(args: &Run) -> Sampling {

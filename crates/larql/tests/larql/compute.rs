@@ -9,14 +9,14 @@ use vindex::{Component, Vindex};
 use crate::bench::{Bench, kjv};
 use crate::served::Served;
 
-fn recorded() -> Vec<Value> {
+pub(crate) fn recorded() -> Vec<Value> {
     let path = PathBuf::from(kjv()).join("prompts.json");
     let value: Value = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
     value["prompts"].as_array().unwrap().clone()
 }
 
 /// What a command tells with `--json`, as it was printed: the harness takes some fractions for identities.
-fn json(bench: &Bench, args: &[&str]) -> Value {
+pub(crate) fn json(bench: &Bench, args: &[&str]) -> Value {
     let run = bench.command(args).output().unwrap();
     assert!(
         run.status.success(),
@@ -28,7 +28,7 @@ fn json(bench: &Bench, args: &[&str]) -> Value {
 
 /// The tokens of a prompt. The recorded continuations are those of the bare text, without the token that opens a
 /// document.
-fn prompt_ids(prompt: &Value) -> String {
+pub(crate) fn prompt_ids(prompt: &Value) -> String {
     ids(&prompt["prompt_ids"].as_array().unwrap()[1..])
 }
 

@@ -3,6 +3,7 @@
 
 mod bench;
 mod compute;
+mod drafts;
 mod extract;
 mod hostile;
 mod publish;
