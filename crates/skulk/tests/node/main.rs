@@ -2,6 +2,7 @@
 //!
 //! Invariant: every node of a test is killed with it, and every wait has a bound.
 
+mod drafts;
 mod hostile;
 mod node;
 mod split;

@@ -285,7 +285,7 @@ pub(crate) fn answer(stream: TcpStream) -> (u16, Value) {
     (status, serde_json::from_str(body).expect("JSON"))
 }
 
-fn skulk() -> Command {
+pub(crate) fn skulk() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_skulk"));
     command.env_remove("SKULK_API_KEY").env("RUST_LOG", "warn");
     command
