@@ -17,7 +17,7 @@ use crate::build::{self, Done, root};
 use crate::fleet::Fleet;
 use crate::proxy::{self, Network};
 
-const N_ROUNDS: usize = 5;
+const N_ROUNDS: usize = 3;
 const N_TOKENS: usize = 64;
 /// Each way.
 const DELAY_MS: f64 = 1.0;
