@@ -30,10 +30,8 @@ pub struct Pool {
 }
 
 impl Pool {
-    /// A pool of `n_threads`, the caller counted: `n_threads - 1` are started. 0 counts as 1.
-    ///
-    /// # Panics
-    /// When the system starts no more threads.
+    /// A pool of `n_threads`, the caller counted: `n_threads - 1` are started, or as many as the system starts. 0
+    /// counts as 1.
     pub fn new(n_threads: usize) -> Pool {
         let n_workers = n_threads.max(1) - 1;
         let shared = Arc::new(Shared {
@@ -48,12 +46,11 @@ impl Pool {
             is_closing: AtomicBool::new(false),
         });
         let workers = (0..n_workers)
-            .map(|seat| {
+            .map_while(|seat| {
                 let shared = Arc::clone(&shared);
-                thread::Builder::new()
-                    .name(format!("pool-{}", seat + 1))
-                    .spawn(move || shared.work(seat))
-                    .expect("the system starts threads")
+                let name = format!("pool-{}", seat + 1);
+                let thread = thread::Builder::new().name(name);
+                thread.spawn(move || shared.work(seat)).ok()
             })
             .collect();
         Pool {

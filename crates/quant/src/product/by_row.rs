@@ -6,6 +6,8 @@
 //! Invariant: the bits are those of `kernel.rs`, which tells the steps: sums of integers are exact in any order, and the
 //! f32 steps are done with the rows side by side. Left out: other block types, for which the saving is less than the cost.
 
+#![expect(clippy::needless_range_loop, reason = "lanes are named by their row")]
+
 use super::activations::ActivationRows;
 use super::tile::Blocks;
 use crate::BlockType;
