@@ -383,6 +383,55 @@ fn a_failed_filing_is_all_that_remains() {
 }
 
 #[test]
+fn after_a_failed_sidecar_the_vindex_is_not_made_again() {
+    let bench = Bench::new(&model("llama"));
+    bench.manifest(
+        "  slices: [full]\n  mtp_source_repo: owner/base\n  mtp_sidecar_repo: acme/base-mtp\n",
+    );
+    let run = bench.run(&[], &[]);
+    assert_eq!(run.code, Some(1));
+    assert!(
+        run.stderr.contains("cannot read the source owner/base"),
+        "{}",
+        run.stderr
+    );
+    assert!(bench.is_whole());
+    assert_eq!(bench.filed(), [TARGET]);
+
+    let header = r#"{"mtp.fc.weight":{"dtype":"BF16","shape":[2,4],"data_offsets":[0,16]}}"#;
+    let mut file = (header.len() as u64).to_le_bytes().to_vec();
+    file.extend(header.as_bytes());
+    file.extend([1; 16]);
+    let heads = Addition {
+        path: "model.safetensors".into(),
+        size_bytes: file.len() as u64,
+        sha256: None,
+        content: Content::Bytes(file),
+    };
+    bench.runtime.block_on(async {
+        let base: RepoId = "owner/base".parse().unwrap();
+        bench.hub.create_repo(&base, false).await.unwrap();
+        let request = CommitRequest {
+            summary: "Add".into(),
+            additions: vec![heads],
+            deletions: Vec::new(),
+        };
+        bench.hub.commit(&base, &request, &|_| {}).await.unwrap();
+    });
+    let never = bench.script("[ \"$1\" = --version ] && exit 0; exit 9");
+    let run = bench.run(&[], &[("SKULK_WEIGHTS_LARQL", &never)]);
+    assert_eq!(run.code, Some(0), "{}{}", run.stdout, run.stderr);
+    assert!(
+        run.stdout
+            .contains("already published hf://acme/model-vindex")
+            && run.stdout.contains("published hf://acme/base-mtp"),
+        "{}",
+        run.stdout
+    );
+    assert_eq!(fs::read_dir(bench.path(".scratch")).unwrap().count(), 0);
+}
+
+#[test]
 fn an_output_that_is_not_ours_is_kept_unless_forced() {
     let bench = Bench::new(&model("llama"));
     fs::create_dir_all(bench.out()).unwrap();

@@ -623,3 +623,45 @@ fn an_entry_is_added_to_the_operators_manifest() {
         again.stderr
     );
 }
+
+#[test]
+fn an_entry_is_added_to_the_one_source_of_a_config_under_its_owner() {
+    let bench = Bench::new();
+    bench.manifest(&[("m", "")]);
+    let config = "catalogs:\n- path: m.yaml\n  namespace: lab\n  hf_owner: acme\n  hf_collection: acme/mine-0123456789abcdef01234567\n";
+    fs::write(bench.path("skulk-weights.yaml"), config).unwrap();
+    let index = |names: &[&str]| {
+        serde_json::to_vec(&json!({"weight_map": names.iter().map(|name| ((*name).to_owned(), "m.safetensors")).collect::<BTreeMap<_, _>>()})).unwrap()
+    };
+    let card = b"---\nbase_model: big/VL\nbase_model_relation: quantized\n---\n".to_vec();
+    bench.put(
+        "small/VL-4bit",
+        &[
+            ("model.safetensors.index.json", index(&["model.layers.0.a"])),
+            ("README.md", card),
+        ],
+        &[],
+    );
+    bench.put(
+        "big/VL",
+        &[(
+            "model.safetensors.index.json",
+            index(&["model.layers.0.a", "model.visual.a", "mtp.fc.weight"]),
+        )],
+        &[],
+    );
+    let added = bench.ok(&["catalog", "add", "small/VL-4bit", "--yes"]);
+    assert!(
+        added.stdout.contains("added lab/vl-full-q4-k to m.yaml"),
+        "{}",
+        added.stdout
+    );
+    let shown = bench.ok(&["catalog", "show", "lab/vl-full-q4-k"]);
+    let shown: Value = serde_json::from_str(&shown.stdout).unwrap();
+    assert_eq!(shown["hf_repo"], "acme/vl-full-q4-k-vindex");
+    assert_eq!(shown["hf_collection"], "acme/mine-0123456789abcdef01234567");
+    assert_eq!(shown["mtp_source_repo"], "big/VL");
+    assert_eq!(shown["mtp_sidecar_repo"], "acme/vl-mtp");
+    assert_eq!(shown["vision_source_repo"], "big/VL");
+    assert_eq!(shown["vision_sidecar_repo"], "acme/vl-vision");
+}
