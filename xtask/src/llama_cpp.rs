@@ -121,6 +121,9 @@ pub(crate) fn perplexity(tools: &Path, first_part: &Path, text: &Path, window: u
         .map_err(|error| format!("cannot run llama-perplexity: {error}"))?;
     let said = String::from_utf8_lossy(&result.stdout).into_owned()
         + &String::from_utf8_lossy(&result.stderr);
+    if !result.status.success() {
+        return Err(format!("llama-perplexity: {}\n{said}", result.status));
+    }
     said.lines()
         .find_map(|line| line.split_once("PPL = "))
         .and_then(|(_, figure)| figure.split_whitespace().next()?.parse().ok())
