@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Publishes the heads of checkpoints to a stand-in Hub and compares every tensor with reference values.
 
-    check.py --bin PATH --kit DIR --fp8 DIR --models DIR
+    check.py --bin PATH --larql PATH --kit DIR --fp8 DIR --models DIR --trained DIR
 
 KIT has the stand-in Hub (hubmock.py). FP8 has whole checkpoints in FP8 with the sha256 of their dequantised weights: all
 of their tensors are given the names of heads. MODELS has checkpoints with heads in bf16, which must come out byte for byte,
-under the names that docs/sidecars.md gives. Ends with 'N passed, N failed'.
+under the names that docs/sidecars.md gives. TRAINED is a model with a head that was trained with it: what is published guesses
+for `larql run`, which must write the recorded tokens with about the recorded share of right guesses. Ends with 'N passed, N failed'.
 """
 import argparse
 import hashlib
@@ -49,7 +50,7 @@ def renamed(data, rename):
 
 
 def publish(hub_class, binary, files):
-    """The tensors and metadata of the sidecar of a repository of these files."""
+    """The sidecar of a repository of these files."""
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         named = {}
@@ -64,7 +65,7 @@ def publish(hub_class, binary, files):
             done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
             if done.returncode != 0:
                 raise AssertionError(f"exit {done.returncode}: {done.stderr.strip()[-300:]}")
-            return read(hub.repos["acme/model-mtp"].files["mtp.safetensors"])
+            return hub.repos["acme/model-mtp"].files["mtp.safetensors"]
         finally:
             hub.stop()
 
@@ -73,7 +74,7 @@ def check_fp8(hub_class, binary, checkpoint):
     expected = json.loads((checkpoint / "expected.json").read_text())["tensors"]
     files = {"config.json": (checkpoint / "config.json").read_bytes()}
     files["model.safetensors"] = renamed((checkpoint / "model.safetensors").read_bytes(), lambda name: f"mtp.{name}")
-    tensors, _ = publish(hub_class, binary, files)
+    tensors, _ = read(publish(hub_class, binary, files))
     for name, entry in expected.items():
         dtype, _, data = tensors[f"mtp.{name}"]
         assert dtype == "BF16", f"{name} is {dtype}"
@@ -83,7 +84,7 @@ def check_fp8(hub_class, binary, checkpoint):
 
 def check_heads(hub_class, binary, model, prefix, target):
     files = {path.name: path.read_bytes() for path in model.iterdir() if path.name != "golden.npz"}
-    tensors, metadata = publish(hub_class, binary, files)
+    tensors, metadata = read(publish(hub_class, binary, files))
     source = {}
     for name, data in files.items():
         if name.endswith(".safetensors"):
@@ -99,9 +100,33 @@ def check_heads(hub_class, binary, model, prefix, target):
     return metadata
 
 
+def check_guesses(hub_class, binary, larql, model):
+    """Greedy tokens with the published head are those that were recorded without one."""
+    files = {path.name: path.read_bytes() for path in model.iterdir() if path.suffix in (".json", ".safetensors")}
+    recorded = json.loads((model / "prompts.json").read_text())["prompts"]
+    accepted = offered = 0
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        (folder / "mtp.safetensors").write_bytes(publish(hub_class, binary, files))
+        subprocess.run([larql, "extract", model, "-o", folder / "v", "--quant", "f32"], check=True, capture_output=True, timeout=300)
+        for prompt in recorded:
+            # The recorded continuations are those of the prompts without the token that begins a document.
+            ids = ",".join(map(str, prompt["prompt_ids"][1:]))
+            command = [larql, "run", folder / "v", "--ids", ids, "--max-tokens", str(len(prompt["greedy_ids"])), "--greedy", "--ignore-eos"]
+            command += ["--kv", "f32", "--draft", f"mtp={folder / 'mtp.safetensors'}", "--draft-depth", "1", "--json"]
+            told = json.loads(subprocess.run(command, check=True, capture_output=True, timeout=300).stdout)
+            assert told["ids"] == prompt["greedy_ids"], f"{prompt['prompt']!r} goes on differently"
+            accepted += told["guesses"]["accepted"]
+            offered += told["guesses"]["tokens"]
+    expected = sum(p["draft_accepted"] for p in recorded) / sum(p["draft_offered"] for p in recorded)
+    found = accepted / offered
+    print(f"trained head: {found:.3f} of {offered} guesses right, recorded {expected:.3f}")
+    assert abs(found - expected) <= 0.03, f"{found:.3f} of the guesses are right, recorded are {expected:.3f}"
+
+
 def main():
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("bin", "kit", "fp8", "models"):
+    for name in ("bin", "larql", "kit", "fp8", "models", "trained"):
         arguments.add_argument(f"--{name}", required=True, type=Path)
     given = arguments.parse_args()
     sys.path.insert(0, str(given.kit))
@@ -117,6 +142,7 @@ def main():
     for model in ("qwen3_5", "qwen3_5_moe", "qwen3_next"):
         checks.append((model, lambda model=model: conventions(model, "mtp.", "mtp.", "block", "zero_centered")))
     checks.append(("deepseek_v3", lambda: conventions("deepseek_v3", "model.layers.2.", "mtp.0.", "layers", "actual_scale")))
+    checks.append(("trained head", lambda: check_guesses(Hub, binary, given.larql.resolve(), given.trained)))
     failed = 0
     for name, check in checks:
         try:
