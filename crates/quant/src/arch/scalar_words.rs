@@ -121,18 +121,28 @@ impl Words for WordArray {
 
     #[inline(always)]
     fn dot_q6_k(block: &[u8; 210], x: &[i32; 64], minus_32_sums: &[i32; 16]) -> i32 {
-        let q = |column: usize| {
-            let (half, part, i) = (column / 128, column % 128 / 32, column % 32);
-            let low = block[64 * half + 32 * (part % 2) + i] >> (4 * (part / 2)) & 15;
-            let high = block[128 + 32 * half + i] >> (2 * part) & 3;
-            i32::from(low | high << 4)
-        };
-        (0..16).fold(0, |total, group| {
-            let columns = 16 * group..16 * (group + 1);
-            let x = |column: usize| i32::from(x[column / 4].to_le_bytes()[column % 4] as i8);
-            let sum: i32 = columns.map(|column| q(column) * x(column)).sum();
-            total + i32::from(block[192 + group] as i8) * (sum + minus_32_sums[group])
-        })
+        let mut total = 0;
+        for (group, minus_32_sum) in minus_32_sums.iter().enumerate() {
+            // Each byte of `high` has two bits of four columns, 32 apart; each byte of `low` halves of two, 64 apart.
+            let (half, part, first) = (group / 8, group % 8 / 2, 16 * (group % 2));
+            let low: &[u8; 16] = block[64 * half + 32 * (part % 2) + first..]
+                .first_chunk()
+                .expect("a group has 16 columns");
+            let high: &[u8; 16] = block[128 + 32 * half + first..]
+                .first_chunk()
+                .expect("a group has 16 columns");
+            let (shift_low, shift_high) = (4 * (part / 2), 2 * part);
+            let mut sum = *minus_32_sum;
+            for (i, x) in x[4 * group..][..4].iter().enumerate() {
+                for (k, x) in x.to_le_bytes().into_iter().enumerate() {
+                    let column = 4 * i + k;
+                    let q = low[column] >> shift_low & 15 | (high[column] >> shift_high & 3) << 4;
+                    sum += i32::from(q) * i32::from(x as i8);
+                }
+            }
+            total += i32::from(block[192 + group] as i8) * sum;
+        }
+        total
     }
 
     #[inline(always)]
