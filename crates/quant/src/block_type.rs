@@ -28,6 +28,8 @@ pub enum BlockType {
     Q4_0,
     /// 32 values: one f16 scale and one f16 minimum, integers in 0..=15.
     Q4_1,
+    /// 32 values: an 8-bit exponent as scale, 4-bit floats (E2M1). OCP MX.
+    MXFP4,
     /// 256 values: 8 groups with a 6-bit scale and a 6-bit minimum each, integers in 0..=15.
     Q4_K,
     /// 256 values: 16 groups with an 8-bit signed scale each, integers in -32..=31.
@@ -37,7 +39,7 @@ pub enum BlockType {
 /// A text that names no block type of ours.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "no block type is named {got:?}; known are F32, F16, BF16, Q8_0, Q5_0, Q5_K, Q4_0, Q4_1, Q4_K and Q6_K"
+    "no block type is named {got:?}; known are F32, F16, BF16, Q8_0, Q5_0, Q5_K, Q4_0, Q4_1, MXFP4, Q4_K and Q6_K"
 )]
 pub struct UnknownBlockType {
     /// The text as it was given.
@@ -46,7 +48,7 @@ pub struct UnknownBlockType {
 
 impl BlockType {
     /// Every block type, in the order of their declaration.
-    pub const ALL: [BlockType; 10] = [
+    pub const ALL: [BlockType; 11] = [
         BlockType::F32,
         BlockType::F16,
         BlockType::BF16,
@@ -55,6 +57,7 @@ impl BlockType {
         BlockType::Q5_K,
         BlockType::Q4_0,
         BlockType::Q4_1,
+        BlockType::MXFP4,
         BlockType::Q4_K,
         BlockType::Q6_K,
     ];
@@ -63,7 +66,11 @@ impl BlockType {
     pub const fn block_len(self) -> usize {
         match self {
             BlockType::F32 | BlockType::F16 | BlockType::BF16 => 1,
-            BlockType::Q8_0 | BlockType::Q5_0 | BlockType::Q4_0 | BlockType::Q4_1 => 32,
+            BlockType::Q8_0
+            | BlockType::Q5_0
+            | BlockType::Q4_0
+            | BlockType::Q4_1
+            | BlockType::MXFP4 => 32,
             BlockType::Q5_K | BlockType::Q4_K | BlockType::Q6_K => 256,
         }
     }
@@ -78,6 +85,7 @@ impl BlockType {
             BlockType::Q5_K => 2 + 2 + 12 + 32 + 128,
             BlockType::Q4_0 => 2 + 16,
             BlockType::Q4_1 => 2 + 2 + 16,
+            BlockType::MXFP4 => 1 + 16,
             BlockType::Q4_K => 2 + 2 + 12 + 128,
             BlockType::Q6_K => 128 + 64 + 16 + 2,
         }
@@ -104,6 +112,7 @@ impl BlockType {
             BlockType::Q5_K => 13,
             BlockType::Q6_K => 14,
             BlockType::BF16 => 30,
+            BlockType::MXFP4 => 39,
         }
     }
 
@@ -123,6 +132,7 @@ impl BlockType {
             BlockType::Q5_K => "Q5_K",
             BlockType::Q4_0 => "Q4_0",
             BlockType::Q4_1 => "Q4_1",
+            BlockType::MXFP4 => "MXFP4",
             BlockType::Q4_K => "Q4_K",
             BlockType::Q6_K => "Q6_K",
         }
@@ -155,6 +165,7 @@ const _: () = {
     assert!(BlockType::Q5_K.block_bytes() == 176);
     assert!(BlockType::Q4_0.block_bytes() == 18);
     assert!(BlockType::Q4_1.block_bytes() == 20);
+    assert!(BlockType::MXFP4.block_bytes() == 17);
     assert!(BlockType::Q4_K.block_bytes() == 144);
     assert!(BlockType::Q6_K.block_bytes() == 210);
 };

@@ -8,6 +8,7 @@ use half::f16;
 
 use crate::BlockType;
 use crate::lanes::{Lanes, N_LANES};
+use crate::mxfp4::{TWICE_E2M1, half_e8m0};
 
 /// Decodes `blocks` into `values`, whose sizes agree.
 #[inline(always)]
@@ -29,6 +30,7 @@ pub(crate) fn decode<L: Lanes>(block_type: BlockType, blocks: &[u8], values: &mu
         BlockType::Q5_K => each_block(blocks, values, decode_q5_k),
         BlockType::Q4_0 => each_block(blocks, values, decode_q4_0),
         BlockType::Q4_1 => each_block(blocks, values, decode_q4_1),
+        BlockType::MXFP4 => each_block(blocks, values, decode_mxfp4),
         BlockType::Q4_K => each_block(blocks, values, decode_q4_k),
         BlockType::Q6_K => each_block(blocks, values, decode_q6_k),
     }
@@ -102,6 +104,21 @@ fn decode_q4_1(block: &[u8; 20], x: &mut [f32; 32]) {
         let q = block[4 + i];
         x[i] = f32::from(q & 15) * d + m;
         x[16 + i] = f32::from(q >> 4) * d + m;
+    }
+}
+
+/// ```text
+/// 0  e: u8      1  q: [u4 | u4; 16]      x[i] = TWICE_E2M1[q[i]] * 2^(e - 128); halves as in Q4_0
+/// ```
+///
+/// Unlike in OCP MX, 255 is a power of two like the others.
+#[inline(always)]
+fn decode_mxfp4(block: &[u8; 17], x: &mut [f32; 32]) {
+    let d = half_e8m0(block[0]);
+    for i in 0..16 {
+        let q = block[1 + i];
+        x[i] = f32::from(TWICE_E2M1[usize::from(q & 15)]) * d;
+        x[16 + i] = f32::from(TWICE_E2M1[usize::from(q >> 4)]) * d;
     }
 }
 

@@ -8,7 +8,7 @@
 //! Read in this order: [`BlockType`] (names and sizes), `decode.rs` (what the bytes mean), `encode/fit.rs` (how a
 //! group of weights finds its scale), `lanes.rs` and `arch/` (sixteen groups at once on each CPU), `product/` (what a
 //! product is, to the bit), `words.rs` (sixteen rows at once), `elementwise.rs`, `narrow.rs` (the 8-bit and 4-bit
-//! numbers of checkpoints).
+//! numbers of checkpoints), `mxfp4.rs` (4-bit floats in GGUF).
 //!
 //! Left out: threads (the caller splits rows), importance matrices, and checks for NaN and infinity, which belong to
 //! whoever reads a checkpoint. Such values never cause a panic here: in integer blocks a NaN counts as 0 and values
@@ -21,6 +21,7 @@ mod elementwise;
 mod encode;
 mod isa;
 mod lanes;
+mod mxfp4;
 mod narrow;
 mod product;
 mod words;
@@ -32,6 +33,7 @@ pub use elementwise::{
     sum_of_squares_with,
 };
 pub use isa::{Isa, isas};
+pub use mxfp4::repack_mxfp4;
 pub use narrow::{Narrow, dequantize, dequantize_with, round_to_bf16};
 pub use product::{
     ActivationRows, Activations, ActivationsPart, Columns, GateActivation, Matrix, accumulate_rows,

@@ -53,6 +53,10 @@ pub(crate) trait Words: Copy {
     /// `(q - 32) x`. `x` has four columns in each word, the first one lowest, and `minus_32_sums` -32 times the sum of each
     /// group of `x`.
     fn dot_q6_k(block: &[u8; 210], x: &[i32; 64], minus_32_sums: &[i32; 16]) -> i32;
+    /// Each byte, which is 0..=15, replaced by that byte of `table`.
+    fn look_up(self, table: &[u8; 16]) -> Self;
+    /// Each word as the bits of an f32.
+    fn as_f32_bits(self) -> Self::Lanes;
     /// Each word, an i32, rounded to the nearest f32, ties to even.
     fn to_f32(self) -> Self::Lanes;
     /// The f16 in the lower half of each word.

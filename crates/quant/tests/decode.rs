@@ -43,6 +43,14 @@ fn element(block_type: BlockType, b: &[u8], i: usize) -> f32 {
         BlockType::BF16 => half::bf16::from_le_bytes([b[0], b[1]]).to_f32(),
         BlockType::Q8_0 => f32::from(b[2 + i] as i8) * f16_at(b, 0),
         BlockType::Q4_0 => (half(2) as f32 - 8.0) * f16_at(b, 0),
+        BlockType::MXFP4 => {
+            const MAGNITUDES: [f32; 8] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
+            let code = half(1) as usize;
+            // An f64 holds all of it, and is rounded (to infinity) once.
+            let x = f64::from(MAGNITUDES[code % 8]) * (f64::from(b[0]) - 127.0).exp2();
+            // GGUF has one zero.
+            (if code <= 8 { x } else { -x }) as f32
+        }
         BlockType::Q4_1 => half(4) as f32 * f16_at(b, 0) + f16_at(b, 2),
         BlockType::Q5_0 => ((half(6) + 16 * bits(b, 16 + i, 1)) as f32 - 16.0) * f16_at(b, 0),
         BlockType::Q4_K => {
@@ -110,7 +118,7 @@ fn names_and_ids_lead_back() {
     assert_eq!(BlockType::from_gguf_id(31), None);
     assert_eq!(
         "q4_k".parse::<BlockType>().unwrap_err().to_string(),
-        "no block type is named \"q4_k\"; known are F32, F16, BF16, Q8_0, Q5_0, Q5_K, Q4_0, Q4_1, Q4_K and Q6_K"
+        "no block type is named \"q4_k\"; known are F32, F16, BF16, Q8_0, Q5_0, Q5_K, Q4_0, Q4_1, MXFP4, Q4_K and Q6_K"
     );
     assert_eq!(BlockType::F32.row_bytes(usize::MAX), None);
 }

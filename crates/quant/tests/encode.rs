@@ -63,6 +63,18 @@ fn plain(block_type: BlockType, x: &[f32]) -> Vec<f32> {
             let (d, m) = (through_f16((high - low) / 15.0), through_f16(low));
             x.iter().map(|x| nearest(x - m, d, 0.0, 15.0) + m).collect()
         }
+        BlockType::MXFP4 => {
+            // The scale of OCP MX: the largest number is four to eight times as large.
+            let scale = (largest(x).abs().log2().floor() - 2.0).exp2();
+            let numbers = [0.0f32, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
+            x.iter()
+                .map(|x| {
+                    let near = |n: &f32| (x.abs() - n * scale).abs();
+                    let n = numbers.iter().min_by(|a, b| near(a).total_cmp(&near(b)));
+                    (n.unwrap() * scale).copysign(*x)
+                })
+                .collect()
+        }
         BlockType::Q4_K | BlockType::Q5_K => {
             let q_max = if block_type == BlockType::Q4_K {
                 15.0
@@ -105,12 +117,13 @@ fn plain(block_type: BlockType, x: &[f32]) -> Vec<f32> {
     }
 }
 
-const INTEGER_BLOCKS: [BlockType; 7] = [
+const INTEGER_BLOCKS: [BlockType; 8] = [
     BlockType::Q8_0,
     BlockType::Q5_0,
     BlockType::Q5_K,
     BlockType::Q4_0,
     BlockType::Q4_1,
+    BlockType::MXFP4,
     BlockType::Q4_K,
     BlockType::Q6_K,
 ];
@@ -190,6 +203,10 @@ proptest! {
 fn zeros_stay_zeros_and_not_a_number_counts_as_zero() {
     for block_type in INTEGER_BLOCKS {
         for zero in [0.0, -0.0, f32::NAN, f32::MIN_POSITIVE / 2.0] {
+            if block_type == BlockType::MXFP4 && zero > 0.0 {
+                // Powers of two go further down than f16.
+                continue;
+            }
             let y = decoded(block_type, &encoded(block_type, &[zero; 256]), 256);
             assert!(y.iter().all(|y| *y == 0.0), "{block_type} of {zero}");
         }
@@ -207,4 +224,34 @@ fn a_block_does_not_depend_on_its_neighbours() {
             .collect();
         assert!(together == alone, "{block_type}");
     }
+}
+
+#[test]
+fn what_a_block_of_mxfp4_holds_comes_back_exactly() {
+    // Every scale that gives finite values up to 1e9, with every set of codes up to a largest one.
+    for e in 0..=154_u8 {
+        for largest in 1..8_u8 {
+            let mut blocks = vec![e];
+            blocks.extend((0..16).map(|j| {
+                let code = |i: u8| (i % (largest + 1)) | ((i / 3 % 2) << 3);
+                code(j) | code(j + 5) << 4
+            }));
+            let x = decoded(BlockType::MXFP4, &blocks, 32);
+            let y = decoded(BlockType::MXFP4, &encoded(BlockType::MXFP4, &x), 32);
+            assert_eq!(x, y, "scale {e}, codes up to {largest}");
+        }
+    }
+}
+
+#[test]
+fn codes_of_a_checkpoint_change_their_places_only() {
+    let codes: Vec<u8> = (0..48_u8).map(|i| i.wrapping_mul(89)).collect();
+    let scales = [120, 0, 131];
+    let mut blocks = [0; 51];
+    quant::repack_mxfp4(&codes, &scales, &mut blocks);
+    let values = decoded(BlockType::MXFP4, &blocks, 96);
+    let scales = scales.map(|e| (f32::from(e) - 127.0).exp2());
+    let mut expected = [0.0; 96];
+    quant::dequantize(quant::Narrow::E2M1, &codes, 32, &scales, &mut expected);
+    assert_eq!(values, expected);
 }

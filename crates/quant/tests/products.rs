@@ -73,6 +73,15 @@ fn parts(block_type: BlockType, b: &[u8]) -> (f32, f32, Vec<Group>) {
             one((0..32).map(|i| i32::from(b[2 + i] as i8)).collect()),
         ),
         BlockType::Q4_0 => (d, 0.0, one((0..32).map(|i| nibble32(2, i) - 8).collect())),
+        BlockType::MXFP4 => {
+            const TWICE: [i32; 8] = [0, 1, 2, 3, 4, 6, 8, 12];
+            let q = |i| {
+                let code = nibble32(1, i);
+                TWICE[(code % 8) as usize] * (1 - code / 8 * 2)
+            };
+            let d = (f64::from(b[0]) - 128.0).exp2() as f32;
+            (d, 0.0, one((0..32).map(q).collect()))
+        }
         BlockType::Q4_1 => (
             d,
             f16_at(b, 2),

@@ -310,6 +310,25 @@ impl Words for WordYmm2 {
     }
 
     #[inline(always)]
+    fn look_up(self, table: &[u8; 16]) -> Self {
+        simd!({
+            let table = _mm256_broadcastsi128_si256(_mm_loadu_si128(table.as_ptr().cast()));
+            WordYmm2(
+                _mm256_shuffle_epi8(table, self.0),
+                _mm256_shuffle_epi8(table, self.1),
+            )
+        })
+    }
+
+    #[inline(always)]
+    fn as_f32_bits(self) -> Ymm2 {
+        simd!(Ymm2(
+            _mm256_castsi256_ps(self.0),
+            _mm256_castsi256_ps(self.1)
+        ))
+    }
+
+    #[inline(always)]
     fn to_f32(self) -> Ymm2 {
         simd!(Ymm2(_mm256_cvtepi32_ps(self.0), _mm256_cvtepi32_ps(self.1)))
     }

@@ -260,6 +260,19 @@ impl<const VNNI: bool> Words for WordZmm<VNNI> {
     }
 
     #[inline(always)]
+    fn look_up(self, table: &[u8; 16]) -> Self {
+        WordZmm(simd!({
+            let table = _mm512_broadcast_i32x4(_mm_loadu_si128(table.as_ptr().cast()));
+            _mm512_shuffle_epi8(table, self.0)
+        }))
+    }
+
+    #[inline(always)]
+    fn as_f32_bits(self) -> Zmm {
+        Zmm(simd!(_mm512_castsi512_ps(self.0)))
+    }
+
+    #[inline(always)]
     fn to_f32(self) -> Zmm {
         Zmm(simd!(_mm512_cvtepi32_ps(self.0)))
     }

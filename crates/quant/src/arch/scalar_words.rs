@@ -146,6 +146,16 @@ impl Words for WordArray {
     }
 
     #[inline(always)]
+    fn look_up(self, table: &[u8; 16]) -> Self {
+        self.map(|a| i32::from_le_bytes(a.to_le_bytes().map(|i| table[usize::from(i & 15)])))
+    }
+
+    #[inline(always)]
+    fn as_f32_bits(self) -> Array {
+        Array(self.0.map(|a| f32::from_bits(a as u32)))
+    }
+
+    #[inline(always)]
     fn to_f32(self) -> Array {
         Array(self.0.map(|a| a as f32))
     }

@@ -10,6 +10,7 @@ mod simple;
 
 use crate::BlockType;
 use crate::lanes::{Lanes, N_LANES};
+use crate::mxfp4;
 
 /// Encodes `values` into `blocks`, whose sizes agree.
 #[inline(always)]
@@ -30,6 +31,7 @@ pub(crate) fn encode<L: Lanes>(block_type: BlockType, values: &[f32], blocks: &m
         BlockType::Q5_0 => simple::encode_q5_0::<L>(values, blocks),
         BlockType::Q4_0 => simple::encode_q4_0::<L>(values, blocks),
         BlockType::Q4_1 => simple::encode_q4_1::<L>(values, blocks),
+        BlockType::MXFP4 => mxfp4::encode(values, blocks),
         BlockType::Q5_K => k_min::encode_q5_k::<L>(values, blocks),
         BlockType::Q4_K => k_min::encode_q4_k::<L>(values, blocks),
         BlockType::Q6_K => k_signed::encode_q6_k::<L>(values, blocks),

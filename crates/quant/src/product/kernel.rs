@@ -2,7 +2,7 @@
 //!
 //! Invariant: this is the definition of what a product of blocks is, and each lane of it depends on one row of
 //! weights and one row of activations. Integer sums are exact, so their order is free; the f32 steps for a block are, with
-//! `d`, `m` the weights' f16 scales and `scale` that of the activations, in this order, each rounded once:
+//! `d`, `m` the weights' scales and `scale` that of the activations, in this order, each rounded once:
 //!
 //! ```text
 //! acc = fma(d * scale, f32(Σ s q x), acc)          s the group's integer scale, 1 in blocks of 32
@@ -88,6 +88,8 @@ pub(super) fn multiply_k_signed<W: Words, const N: usize>(
 pub(super) enum Kind {
     /// Q4_0: integers with 8 added.
     Plus8,
+    /// MXFP4: twice the 4-bit floats, with 12 added.
+    Plus12,
     /// Q5_0: integers with 16 added.
     Plus16,
     /// Q8_0: signed integers.
@@ -139,6 +141,7 @@ pub(super) fn multiply_32<W: Words, const N: usize>(
 pub(super) fn begin_32<W: Words>(kind: Kind, x: &Block32) -> W {
     W::splat(match kind {
         Kind::Plus8 => x.minus_sums[0],
+        Kind::Plus12 => -12 * x.sum,
         Kind::Plus16 => x.minus_sums[1],
         Kind::Signed if W::I8_OFFSET == 128 => x.minus_sums[2],
         Kind::Signed | Kind::Minimum => 0,

@@ -231,6 +231,7 @@ fn dispatch(isa: Isa, block_type: BlockType, product: Product<'_, '_>) {
         BlockType::Q5_K => isa::run(isa, TiledProduct(product, tile::Q5_K)),
         BlockType::Q4_0 => isa::run(isa, TiledProduct(product, tile::Q4_0)),
         BlockType::Q4_1 => isa::run(isa, TiledProduct(product, tile::Q4_1)),
+        BlockType::MXFP4 => isa::run(isa, TiledProduct(product, tile::MXFP4)),
         BlockType::Q4_K => isa::run(isa, TiledProduct(product, tile::Q4_K)),
         BlockType::Q6_K => isa::run(isa, TiledProduct(product, tile::Q6_K)),
     }

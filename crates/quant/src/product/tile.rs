@@ -12,7 +12,8 @@ use super::direct::{Direct32, DirectK};
 use super::kernel::{Kind, multiply_32, multiply_k_min, multiply_k_signed};
 use super::panel::{N_BLOCKS32, Panel};
 use super::unpack::{
-    Sink, unpack_q4_0, unpack_q4_1, unpack_q4_k, unpack_q5_0, unpack_q5_k, unpack_q6_k, unpack_q8_0,
+    Sink, unpack_mxfp4, unpack_q4_0, unpack_q4_1, unpack_q4_k, unpack_q5_0, unpack_q5_k,
+    unpack_q6_k, unpack_q8_0,
 };
 use crate::BlockType;
 use crate::arch::Rows;
@@ -418,4 +419,5 @@ format_256!(Q6_K, unpack_q6_k, multiply_k_signed, false);
 format_32!(Q4_0, unpack_q4_0, Kind::Plus8);
 format_32!(Q4_1, unpack_q4_1, Kind::Minimum);
 format_32!(Q5_0, unpack_q5_0, Kind::Plus16);
+format_32!(MXFP4, unpack_mxfp4, Kind::Plus12);
 format_32!(Q8_0, unpack_q8_0, Kind::Signed);

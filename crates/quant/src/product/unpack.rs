@@ -5,11 +5,12 @@
 //! activations, `direct.rs` multiplies them at once. Block layouts are drawn in `decode.rs`.
 
 use crate::arch::Rows;
+use crate::mxfp4::TWICE_E2M1_PLUS_12;
 use crate::words::Words;
 
 /// Takes unpacked blocks.
 pub(super) trait Sink<W: Words> {
-    /// The f16 scales of block `block`: `d`, and `m` that of the minima or Q4_1's minimum itself (else 0). Comes first.
+    /// The scales of block `block`: `d`, and `m` that of the minima or Q4_1's minimum itself (else 0). Comes first.
     fn scales(&mut self, block: usize, d: W::Lanes, m: W::Lanes);
     /// K blocks: the integer scale of each group (8 or 16). Comes before the groups.
     fn group_scales(&mut self, scales: [W; 16]);
@@ -32,6 +33,21 @@ pub(super) fn unpack_q8_0<W: Words>(rows: &Rows<'_, 34>, block: usize, sink: &mu
 pub(super) fn unpack_q4_0<W: Words>(rows: &Rows<'_, 18>, block: usize, sink: &mut impl Sink<W>) {
     sink.scales(block, W::f16_column(rows, 0), W::splat(0).to_f32());
     sink.group(block, halves(W::columns(rows, 2)));
+}
+
+#[inline(always)]
+pub(super) fn unpack_mxfp4<W: Words>(rows: &Rows<'_, 17>, block: usize, sink: &mut impl Sink<W>) {
+    // 2^(e - 128) may be subnormal; as a product of two powers it needs no cases.
+    let e = W::column(rows, 0).and(W::splat(0xff));
+    let (half, odd) = (e.shr::<1>(), e.and(W::splat(1)));
+    let power = |n: W| n.add(W::splat(63)).shl::<23>().as_f32_bits();
+    let d = power(half) * power(half.add(odd));
+    sink.scales(block, d, W::splat(0).to_f32());
+    let mut q = halves(W::columns(rows, 1));
+    for q in &mut q {
+        *q = q.look_up(&TWICE_E2M1_PLUS_12);
+    }
+    sink.group(block, q);
 }
 
 #[inline(always)]
