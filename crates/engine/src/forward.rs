@@ -26,6 +26,7 @@ use quant::{Activations, BlockType};
 use vindex::Config;
 
 use crate::attention::{Head, Span, mix, remember};
+use crate::collector::{Collector, Watch};
 use crate::ffn::{Batch, FeedForward, FfnError, Visit};
 use crate::kv::{OutOfPages, Sequence};
 use crate::model::{Layer, Model};
@@ -129,6 +130,8 @@ struct Buffers {
     activations: Activations,
     /// `(n * n_heads, key_length)`: queries as the products with keys take them.
     queries: Activations,
+    /// Who learns what enters the matrices.
+    watch: Watch,
 }
 
 impl std::fmt::Debug for Forward {
@@ -170,6 +173,14 @@ impl Forward {
             keeps_hidden: true,
             ..self
         }
+    }
+
+    /// The same pass, which tells `collector` what enters the matrices of attention and the output head; those of the
+    /// feed-forward layers are told by [`crate::Local::collecting`].
+    #[must_use]
+    pub fn collecting(mut self, collector: Arc<Collector>) -> Forward {
+        self.buffers.watch = Watch::by(collector);
+        self
     }
 
     /// `(n_rows, hidden)`: the residual stream of every row of the last step that was done, in the order of the works
@@ -318,6 +329,7 @@ impl Buffers {
         let normed = sized(&mut self.normed, n * hidden);
         norm_rows(&self.x[..n * hidden], &layer.attn_norm, eps, normed, pool);
 
+        self.watch.see(&[&layer.q, &layer.k, &layer.v], normed);
         let [w_q, w_k, w_v] = [&layer.q, &layer.k, &layer.v].map(|w| w.matrix(vindex));
         fill(
             &mut self.activations,
@@ -363,6 +375,7 @@ impl Buffers {
         let mixed = sized(&mut self.mixed, n * (a.n_heads * a.value_length) as usize);
         mix(&head, layer, l, &spans, &self.queries, mixed, pool);
 
+        self.watch.see(&[&layer.output], mixed);
         let w = layer.output.matrix(vindex);
         fill(
             &mut self.activations,
@@ -489,6 +502,8 @@ impl Buffers {
                 );
             }
         }
+        self.watch
+            .see(&[&model.head], &self.normed[..n_wanted * hidden]);
         let w = model.head.matrix(model.vindex());
         fill(
             &mut self.activations,

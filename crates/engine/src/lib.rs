@@ -11,6 +11,7 @@
 
 mod attention;
 mod chat;
+mod collector;
 mod draft;
 mod ffn;
 mod forward;
@@ -31,6 +32,7 @@ mod weights;
 pub mod wire;
 
 pub use chat::{ChatError, ChatTemplate, Conversation};
+pub use collector::{Collector, ColumnSums};
 pub use draft::{
     Assistant, DRAFT_DEPTH_MAX, DraftChoice, DraftError, Drafts, Head, HeadError, HeadNumbers,
     HeadPass, HeadWork, Routing,

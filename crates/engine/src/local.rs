@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use quant::{Activations, GateActivation};
 use vindex::{Activation, Vindex};
 
+use crate::collector::{Collector, Watch};
 use crate::ffn::{Batch, FeedForward, FfnError, Visit};
 use crate::rows::{add, fill, parts, sized};
 use crate::threads::Pool;
@@ -30,6 +31,8 @@ pub struct Local {
     weights: Vec<Layer>,
     /// Whether the threads are of no use between calls.
     rests: bool,
+    /// Who learns what enters the matrices.
+    watch: Watch,
     scratch: Mutex<Scratch>,
 }
 
@@ -114,6 +117,7 @@ impl Local {
             experts,
             weights,
             rests: false,
+            watch: Watch::default(),
             scratch: Mutex::default(),
         })
     }
@@ -124,6 +128,15 @@ impl Local {
     pub fn resting(self) -> Local {
         Local {
             rests: true,
+            ..self
+        }
+    }
+
+    /// The same weights, which tell `collector` what enters them.
+    #[must_use]
+    pub fn collecting(self, collector: Arc<Collector>) -> Local {
+        Local {
+            watch: Watch::by(collector),
             ..self
         }
     }
@@ -160,6 +173,13 @@ impl FeedForward for Local {
         visits.gather(batch.visits);
         let (hidden, ffn, n_visits) = (self.hidden, layer.gate.n_rows, batch.visits.len());
 
+        let n_experts = self.vindex.index().config.experts.map_or(1, |e| e.n) as usize;
+        self.watch.see_visits(
+            &[&layer.gate, &layer.up],
+            n_experts,
+            (&visits.experts, &visits.rows),
+            batch.rows,
+        );
         fill(
             input,
             batch.rows,
@@ -178,6 +198,12 @@ impl FeedForward for Local {
             }
         }
 
+        self.watch.see_visits(
+            &[&layer.down],
+            n_experts,
+            (&visits.experts, &visits.places),
+            middle,
+        );
         fill(
             middle_activations,
             middle,

@@ -134,6 +134,11 @@ impl Weight {
         }
     }
 
+    /// GGUF name.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
     /// Bytes of one matrix.
     pub(crate) fn bytes(&self) -> usize {
         let row_bytes = self.block_type.row_bytes(self.n_cols);

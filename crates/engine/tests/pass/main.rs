@@ -2,6 +2,7 @@
 
 mod bits;
 mod cache;
+mod collector;
 mod goldens;
 mod npz;
 mod oracle;
