@@ -110,6 +110,10 @@ impl Local {
             activation: match config.activation {
                 Activation::Silu => GateActivation::Silu,
                 Activation::GeluTanh => GateActivation::GeluTanh,
+                Activation::SwigluClamped => {
+                    let what = "clamped gates are not computed".to_owned();
+                    return Err(ModelError::Config { what });
+                }
             },
             vindex,
             pool,

@@ -233,5 +233,53 @@ fn check(config: &Config) -> Result<(), ModelError> {
     {
         return wrong(format!("tokens visit {} of {} experts", e.n_used, e.n));
     }
-    Ok(())
+    not_computed(config).map_or(Ok(()), |what| wrong(format!("{what} are not computed")))
+}
+
+/// What a configuration can say and the pass does not follow.
+fn not_computed(config: &Config) -> Option<&'static str> {
+    let a = &config.attention;
+    let window = a.sliding_window.as_ref();
+    let experts = config.experts;
+    let fractional = matches!(
+        config.rope.scaling,
+        Some(RopeScaling::Yarn {
+            fractional: true,
+            ..
+        })
+    );
+    [
+        (config.delta_net.is_some(), "layers with a recurrent state"),
+        (a.output_gate, "gates of attention"),
+        (a.latent.is_some(), "latent keys and values"),
+        (a.sinks, "attention sinks"),
+        (a.value_norm, "norms of values"),
+        (a.keys_are_values, "values that are keys"),
+        (a.n_shared_kv_layers > 0, "shared keys and values"),
+        (
+            window.is_some_and(|w| w.heads.is_some()) || config.rope.n_dims_sliding.is_some(),
+            "other heads in layers that slide",
+        ),
+        (fractional, "fractional bounds of rope scaling"),
+        (config.layer_embeddings.is_some(), "embeddings of layers"),
+        (config.layer_scale, "scales of layers"),
+        (
+            !config.ffn_layers.is_empty(),
+            "feed-forward layers of several widths",
+        ),
+        (
+            experts.is_some_and(|e| e.shared.is_some() || e.dense_branch || e.n_leading_dense > 0),
+            "shared experts and dense layers beside routed ones",
+        ),
+        (
+            experts.is_some_and(|e| e.groups.is_some() || e.choice_bias || e.scale != 1.0),
+            "groups, biases and scales of a router",
+        ),
+        (
+            experts.is_some_and(|e| e.router_bias || e.bias),
+            "biases of routers and experts",
+        ),
+    ]
+    .into_iter()
+    .find_map(|(has, what)| has.then_some(what))
 }

@@ -53,6 +53,7 @@ impl Rope {
                 beta_fast,
                 beta_slow,
                 attention_factor,
+                fractional: _,
             }) => {
                 // The pair that turns so many times over the original context.
                 let pair = |rotations: f32| {

@@ -14,6 +14,11 @@ pub(crate) fn route(
 ) {
     match config.gating {
         Gating::Softmax => quant::softmax_in_place(logits),
+        Gating::Sigmoid => {
+            for logit in logits.iter_mut() {
+                *logit = 1.0 / (1.0 + (-*logit).exp());
+            }
+        }
     }
     for (expert, weight) in experts.iter_mut().zip(weights.iter_mut()) {
         let mut best = 0;
@@ -43,6 +48,14 @@ mod tests {
             ffn: 1,
             gating: Gating::Softmax,
             normalise: true,
+            scale: 1.0,
+            groups: None,
+            choice_bias: false,
+            router_bias: false,
+            bias: false,
+            n_leading_dense: 0,
+            shared: None,
+            dense_branch: false,
         };
         let mut logits = [1.0, 2.0, 0.0, 2.0, 1.0];
         let (mut experts, mut weights) = ([0; 3], [0.0; 3]);

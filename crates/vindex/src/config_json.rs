@@ -163,8 +163,10 @@ impl ConfigJson {
         Ok(Config {
             architecture: family.architecture.to_owned(),
             n_layers,
+            n_nextn: 0,
             hidden,
             ffn,
+            ffn_layers: Vec::new(),
             vocab,
             context: self.count("max_position_embeddings", d.context, u32::MAX)?,
             norm_eps: self.f64("rms_norm_eps")?.unwrap_or(d.norm_eps) as f32,
@@ -181,6 +183,9 @@ impl ConfigJson {
             attention,
             rope,
             experts: self.experts(family)?,
+            delta_net: None,
+            layer_embeddings: None,
+            layer_scale: false,
             bos: self.token_id("bos_token_id").filter(|&id| id < vocab),
             eos,
         })
@@ -231,6 +236,12 @@ impl ConfigJson {
             qkv_bias: family.bias == Bias::Qkv || biased,
             output_bias: biased,
             sliding_window: self.sliding_window(family, n_layers)?,
+            value_norm: false,
+            keys_are_values: false,
+            output_gate: false,
+            sinks: false,
+            n_shared_kv_layers: 0,
+            latent: None,
         })
     }
 
@@ -282,9 +293,11 @@ impl ConfigJson {
                     .collect()
             }
         };
-        Ok(layers
-            .contains(&true)
-            .then_some(SlidingWindow { n_tokens, layers }))
+        Ok(layers.contains(&true).then_some(SlidingWindow {
+            n_tokens,
+            layers,
+            heads: None,
+        }))
     }
 
     fn experts(&self, family: &Family) -> Result<Option<Experts>, Error> {
@@ -303,6 +316,14 @@ impl ConfigJson {
                 Some(key) => self.bool(key)?.unwrap_or(false),
                 None => true,
             },
+            scale: 1.0,
+            groups: None,
+            choice_bias: false,
+            router_bias: false,
+            bias: false,
+            n_leading_dense: 0,
+            shared: None,
+            dense_branch: false,
         }))
     }
 
@@ -387,6 +408,7 @@ impl ConfigJson {
                     beta_fast: within(full, "beta_fast")?.unwrap_or(32.0) as f32,
                     beta_slow: within(full, "beta_slow")?.unwrap_or(1.0) as f32,
                     attention_factor: within(full, "attention_factor")?.map(|f| f as f32),
+                    fractional: false,
                 })
             }
             other => {
@@ -404,6 +426,7 @@ impl ConfigJson {
             n_dims: key_length,
             base: base as f32,
             base_sliding: base_sliding.map(|b| b as f32),
+            n_dims_sliding: None,
             scaling,
         })
     }
@@ -472,6 +495,8 @@ impl ConfigJson {
             Activation::Silu => &["silu", "swish"],
             // Early files of Gemma say "gelu" and mean the tanh form.
             Activation::GeluTanh => &["gelu_pytorch_tanh", "gelu"],
+            // The configuration of gpt-oss says the name of what its own activation is made from.
+            Activation::SwigluClamped => &["silu"],
         };
         let activation = self
             .get("hidden_activation")

@@ -32,7 +32,8 @@ mod verify;
 pub use census::{Census, TypeCount};
 pub use checkpoint::{Checkpoint, Dtype, OtherDtype, SourceTensor, safetensors_header};
 pub use config::{
-    Activation, Attention, Config, Experts, Gating, Rope, RopeKind, RopeScaling, SlidingWindow,
+    Activation, Attention, Config, DeltaNet, Experts, Gating, Groups, Heads, Latent,
+    LayerEmbeddings, Rope, RopeKind, RopeScaling, Shared, SlidingWindow,
 };
 pub use directory::{clear, write_whole};
 pub use dump::dump;

@@ -106,6 +106,7 @@ pub(crate) fn of_model(
             beta_fast,
             beta_slow,
             attention_factor,
+            fractional: _,
         }) => {
             put("rope.scaling.type", text("yarn"));
             put("rope.scaling.factor", MetaValue::F32(factor));

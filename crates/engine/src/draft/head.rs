@@ -22,8 +22,8 @@ mod sidecar;
 
 use std::path::Path;
 
-use quant::{BlockType, Matrix};
-use vindex::{Activation, Config, Experts, Rope as RopeConfig, RopeKind};
+use quant::{BlockType, GateActivation, Matrix};
+use vindex::{Activation, Config, Experts, Gating, Rope as RopeConfig, RopeKind};
 
 use crate::model::HEAD_MAX;
 use crate::rope::Rope;
@@ -74,10 +74,12 @@ impl HeadNumbers {
     pub fn of(config: &Config, source_repo: Option<String>) -> HeadNumbers {
         let routing = |e: Experts| Routing {
             n_used: e.n_used as usize,
-            sigmoid: false,
+            sigmoid: e.gating == Gating::Sigmoid,
             normalise: e.normalise,
-            scale: 1.0,
-            groups: (1, 1),
+            scale: e.scale,
+            groups: e
+                .groups
+                .map_or((1, 1), |g| (g.n as usize, g.n_used as usize)),
         };
         HeadNumbers {
             hidden: config.hidden as usize,
@@ -98,7 +100,7 @@ impl HeadNumbers {
 pub struct Head {
     hidden: usize,
     norm_eps: f32,
-    activation: Activation,
+    activation: GateActivation,
     embed_first: bool,
     /// `(hidden, 2 * hidden)`.
     projection: Own,
@@ -301,7 +303,15 @@ impl Head {
         Ok(Head {
             hidden,
             norm_eps: numbers.norm_eps,
-            activation: numbers.activation,
+            activation: match numbers.activation {
+                Activation::Silu => GateActivation::Silu,
+                Activation::GeluTanh => GateActivation::GeluTanh,
+                Activation::SwigluClamped => {
+                    return Err(HeadError::Layout {
+                        got: "clamped gates".to_owned(),
+                    });
+                }
+            },
             embed_first,
             projection: reader.matrix(&names.projection, hidden, 2 * hidden)?,
             norm_embedding: norm(&mut reader, &names.norm_embedding)?,

@@ -217,6 +217,7 @@ fn turn(config: &Config, position: f64, head: &mut [f64]) {
                 beta_fast,
                 beta_slow,
                 attention_factor,
+                fractional: _,
             }) => {
                 let factor = f64::from(factor);
                 let pair = |turns: f32| {

@@ -47,6 +47,7 @@ fn rope(n_dims: u32, base: f32, scaling: Option<RopeScaling>) -> Rope {
         n_dims,
         base,
         base_sliding: None,
+        n_dims_sliding: None,
         scaling,
     }
 }
@@ -185,6 +186,7 @@ fn deepseeks_head_is_the_published_one() {
         beta_fast: 32.0,
         beta_slow: 1.0,
         attention_factor: Some(1.0),
+        fractional: false,
     };
     let stretch = 0.1 * 40_f32.ln() + 1.0;
     let scale = stretch * stretch / 48_f32.sqrt();

@@ -67,6 +67,7 @@ fn yarn_is_written_as_it_is_told() {
         beta_fast: 32.0,
         beta_slow: 1.0,
         attention_factor: None,
+        fractional: false,
     };
     assert_eq!(short.config.rope.scaling, Some(scaling));
     let key = |name: &str| format!("qwen2.rope.scaling.{name}");

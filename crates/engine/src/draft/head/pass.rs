@@ -14,8 +14,7 @@
 
 use std::sync::Arc;
 
-use quant::{Activations, BlockType, Columns, GateActivation};
-use vindex::Activation;
+use quant::{Activations, BlockType, Columns};
 
 use super::{Attention, FeedForward, Gated, Head, Own, Routing};
 use crate::kv::{KvCache, KvType, OutOfPages, PAGE, Sequence};
@@ -409,10 +408,7 @@ impl Buffers {
         let x = self.activations.pick(rows);
         let ffn = gated.gate.n_rows;
         let middle = sized(&mut self.middle, rows.len() * ffn);
-        let activation = match head.activation {
-            Activation::Silu => GateActivation::Silu,
-            Activation::GeluTanh => GateActivation::GeluTanh,
-        };
+        let activation = head.activation;
         let gate = gated.gate.matrix();
         pool.for_each(
             parts(gated.up.matrix(), middle, 2, pool.n_threads()),
