@@ -5,6 +5,7 @@
 
 use crate::isa::{self, Isa};
 use crate::lanes::{Lanes, N_LANES, abs};
+use crate::product::GateActivation;
 use crate::words::{Words, Work};
 
 /// An elementwise function or a reduction.
@@ -54,6 +55,24 @@ pub fn gelu_tanh_in_place(values: &mut [f32]) {
 /// When this CPU lacks `isa`.
 pub fn gelu_tanh_in_place_with(isa: Isa, values: &mut [f32]) {
     isa::run_lanes(isa, Map(Function::GeluTanh, values));
+}
+
+/// Each element of `gate` becomes what `activation` makes of it and the same element of `up`, with the bits of
+/// [`multiply_gated`](crate::multiply_gated()).
+///
+/// # Panics
+/// When there are not as many of one as of the other.
+pub fn gate_in_place(activation: GateActivation, gate: &mut [f32], up: &[f32]) {
+    gate_in_place_with(isa::fastest(), activation, gate, up);
+}
+
+/// [`gate_in_place`] on a chosen instruction set, for tests and benches.
+///
+/// # Panics
+/// As [`gate_in_place`], and when this CPU lacks `isa`.
+pub fn gate_in_place_with(isa: Isa, activation: GateActivation, gate: &mut [f32], up: &[f32]) {
+    assert_eq!(gate.len(), up.len(), "gates and what they let through");
+    isa::run_lanes(isa, Gate(activation, gate, up));
 }
 
 /// The values become `e^(x - max)` over the sum of all of these. Elements at minus infinity become 0; where all are, or
@@ -112,6 +131,25 @@ pub(crate) fn exp<L: Lanes>(x: L) -> L {
     // In two steps, because n reaches -150 and 128.
     let half = (n * L::splat(0.5)).round();
     p * half.power_of_two() * (n - half).power_of_two()
+}
+
+/// What `activation` makes of a gate and what it is to let through.
+#[inline(always)]
+pub(crate) fn gated<L: Lanes>(activation: GateActivation, gate: L, up: L) -> L {
+    match activation {
+        GateActivation::Silu => up * silu(gate),
+        GateActivation::GeluTanh => up * gelu_tanh(gate),
+        GateActivation::SwigluClamped => swiglu_clamped(gate, up),
+    }
+}
+
+/// The limits are the first operand, so that a NaN stays.
+#[inline(always)]
+fn swiglu_clamped<L: Lanes>(gate: L, up: L) -> L {
+    let limit = L::splat(7.0);
+    let (gate, up) = (limit.min(gate), L::splat(-7.0).max(limit.min(up)));
+    let one = L::splat(1.0);
+    (up + one) * (gate / (one + exp(gate * L::splat(-1.702))))
 }
 
 #[inline(always)]
@@ -187,6 +225,27 @@ impl Work for Map<'_> {
             Function::Silu => map!(W::Lanes, self.1, x => silu(x)),
             Function::GeluTanh => map!(W::Lanes, self.1, x => gelu_tanh(x)),
         }
+    }
+}
+
+struct Gate<'a>(GateActivation, &'a mut [f32], &'a [f32]);
+
+impl Work for Gate<'_> {
+    #[inline(always)]
+    fn run<W: Words>(self) {
+        let Gate(activation, gate, up) = self;
+        let (ups, up_tail) = up.as_chunks::<N_LANES>();
+        let (gates, gate_tail) = gate.as_chunks_mut::<N_LANES>();
+        for (gate, up) in gates.iter_mut().zip(ups) {
+            let (loaded, up) = (W::Lanes::load(gate), W::Lanes::load(up));
+            *gate = gated(activation, loaded, up).store();
+        }
+        let (mut last_gate, mut last_up) = ([0.0; N_LANES], [0.0; N_LANES]);
+        last_gate[..gate_tail.len()].copy_from_slice(gate_tail);
+        last_up[..up_tail.len()].copy_from_slice(up_tail);
+        let (last_gate, last_up) = (W::Lanes::load(&last_gate), W::Lanes::load(&last_up));
+        let last = gated(activation, last_gate, last_up).store();
+        gate_tail.copy_from_slice(&last[..gate_tail.len()]);
     }
 }
 

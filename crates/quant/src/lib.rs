@@ -28,9 +28,9 @@ mod words;
 
 pub use block_type::{BlockType, UnknownBlockType};
 pub use elementwise::{
-    exp_in_place, exp_in_place_with, gelu_tanh_in_place, gelu_tanh_in_place_with, silu_in_place,
-    silu_in_place_with, softmax_in_place, softmax_in_place_with, sum_of_squares,
-    sum_of_squares_with,
+    exp_in_place, exp_in_place_with, gate_in_place, gate_in_place_with, gelu_tanh_in_place,
+    gelu_tanh_in_place_with, silu_in_place, silu_in_place_with, softmax_in_place,
+    softmax_in_place_with, sum_of_squares, sum_of_squares_with,
 };
 pub use isa::{Isa, isas};
 pub use mxfp4::repack_mxfp4;

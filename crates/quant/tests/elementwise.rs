@@ -2,8 +2,8 @@
 
 use proptest::prelude::*;
 use quant::{
-    exp_in_place_with, gelu_tanh_in_place_with, isas, silu_in_place_with, softmax_in_place_with,
-    sum_of_squares_with,
+    GateActivation, exp_in_place_with, gate_in_place_with, gelu_tanh_in_place_with, isas,
+    silu_in_place_with, softmax_in_place_with, sum_of_squares_with,
 };
 
 type InPlace = fn(quant::Isa, &mut [f32]);
@@ -43,6 +43,49 @@ fn exponentials_and_activations_are_exact_to_rounding() {
     assert!(error < 1e-6, "gelu: {error:e}");
     let error = relative_error_max(gelu_tanh_in_place_with, gelu, 1e-30);
     assert!(error < 1e-5, "gelu far below: {error:e}");
+}
+
+#[test]
+fn a_gate_is_its_definition_on_every_instruction_set() {
+    // More than whole lanes, and values on both sides of the clamps.
+    let gate: Vec<f32> = (-600..=600).map(|i| i as f32 * 0.021).collect();
+    let up: Vec<f32> = (0..gate.len())
+        .map(|i| ((i * 37) % 1201) as f32 * 0.017 - 10.0)
+        .collect();
+    let sigmoid = |x: f64| 1.0 / (1.0 + (-x).exp());
+    let gelu = |x: f64| {
+        let u = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x * x * x);
+        x * sigmoid(2.0 * u)
+    };
+    let exact = |activation, g: f64, u: f64| match activation {
+        GateActivation::Silu => u * g * sigmoid(g),
+        GateActivation::GeluTanh => u * gelu(g),
+        GateActivation::SwigluClamped => {
+            let g = g.min(7.0);
+            (u.clamp(-7.0, 7.0) + 1.0) * g * sigmoid(1.702 * g)
+        }
+    };
+    for isa in isas() {
+        for activation in [
+            GateActivation::Silu,
+            GateActivation::GeluTanh,
+            GateActivation::SwigluClamped,
+        ] {
+            let mut got = gate.clone();
+            gate_in_place_with(isa, activation, &mut got, &up);
+            for ((got, &g), &u) in got.iter().zip(&gate).zip(&up) {
+                let expected = exact(activation, g.into(), u.into());
+                let differs = (f64::from(*got) - expected).abs();
+                assert!(
+                    differs <= 2e-6 * expected.abs() + 1e-9,
+                    "{activation:?} {isa:?} of {g} and {u}: {got}, expected {expected}"
+                );
+            }
+            let mut nan = [f32::NAN, 1.0];
+            gate_in_place_with(isa, activation, &mut nan, &[1.0, f32::NAN]);
+            assert!(nan.iter().all(|x| x.is_nan()), "{activation:?} {isa:?}");
+        }
+    }
 }
 
 #[test]

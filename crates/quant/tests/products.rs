@@ -4,7 +4,7 @@ use half::{bf16, f16};
 use proptest::prelude::*;
 use quant::{
     Activations, BlockType, Columns, GateActivation, Isa, Matrix, accumulate_rows_with, decode,
-    encode, gelu_tanh_in_place_with, isas, multiply_gated_with, multiply_with, silu_in_place_with,
+    encode, gate_in_place_with, isas, multiply_gated_with, multiply_with,
 };
 
 /// Weights as a test holds them.
@@ -327,15 +327,14 @@ proptest! {
         for isa in isas() {
             let mut prepared = Activations::new();
             prepared.fill_with(isa, &x, 256, &[types.0, types.1]);
-            for activation in [GateActivation::Silu, GateActivation::GeluTanh] {
+            for activation in [
+                GateActivation::Silu,
+                GateActivation::GeluTanh,
+                GateActivation::SwigluClamped,
+            ] {
                 let mut expected = products(isa, &gate, 0..n_rows, &x);
-                match activation {
-                    GateActivation::Silu => silu_in_place_with(isa, &mut expected),
-                    GateActivation::GeluTanh => gelu_tanh_in_place_with(isa, &mut expected),
-                }
-                for (a, b) in expected.iter_mut().zip(products(isa, &up, 0..n_rows, &x)) {
-                    *a *= b;
-                }
+                let ups = products(isa, &up, 0..n_rows, &x);
+                gate_in_place_with(isa, activation, &mut expected, &ups);
                 let mut out = vec![0.0; n * n_rows];
                 let columns = Columns::new(&mut out, n_rows);
                 multiply_gated_with(

@@ -23,7 +23,7 @@ pub use activations::{ActivationRows, Activations, ActivationsPart};
 pub use columns::Columns;
 
 use crate::BlockType;
-use crate::elementwise::{gelu_tanh, silu};
+use crate::elementwise::gated;
 use crate::isa::{self, Isa};
 use crate::lanes::{Lanes, N_LANES};
 use crate::words::{Words, Work};
@@ -44,13 +44,16 @@ pub struct Matrix<'a> {
     pub bytes: &'a [u8],
 }
 
-/// What a gate goes through before it is multiplied with its up value.
+/// What a gate `g` makes of its up value `u`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum GateActivation {
-    /// [`silu`](crate::silu_in_place()).
+    /// `u` times [`silu`](crate::silu_in_place()) of `g`.
     Silu,
-    /// [`gelu_tanh`](crate::gelu_tanh_in_place()).
+    /// `u` times [`gelu_tanh`](crate::gelu_tanh_in_place()) of `g`.
     GeluTanh,
+    /// `(u + 1) g / (1 + e^(-1.702 g))`, `g` being at most 7 and `u` within -7..=7: gpt-oss's
+    /// (<https://github.com/openai/gpt-oss>, `swiglu` in `gpt_oss/torch/model.py`).
+    SwigluClamped,
 }
 
 /// Products of the weight rows `rows` with each activation row: `out[i][j]` is that of row `rows.start + j` of `w` and the
@@ -88,9 +91,9 @@ pub fn multiply_with(
     );
 }
 
-/// The gated pair of a feed-forward layer in one pass: `out[i][j]` is `activation(gate row · x_i) * (up row · x_i)` for
-/// row `rows.start + j` of both matrices, with the bits of the two [`multiply`] and the elementwise function. Allocates
-/// nothing.
+/// The gated pair of a feed-forward layer in one pass: `out[i][j]` is what `activation` makes of `gate row · x_i` and
+/// `up row · x_i` for row `rows.start + j` of both matrices, with the bits of the two [`multiply`] and
+/// [`gate_in_place`](crate::gate_in_place()). Allocates nothing.
 ///
 /// # Panics
 /// As [`multiply`], for both matrices, and when their shapes differ.
@@ -321,11 +324,7 @@ fn write<L: Lanes>(gate: Option<GateActivation>, products: L, target: &mut [f32]
             let mut gates = [0.0; N_LANES];
             gates[..target.len()].copy_from_slice(target);
             let gates = L::load(&gates);
-            products
-                * match activation {
-                    GateActivation::Silu => silu(gates),
-                    GateActivation::GeluTanh => gelu_tanh(gates),
-                }
+            gated(activation, gates, products)
         }
     };
     match target.as_mut_array::<N_LANES>() {
