@@ -6,9 +6,7 @@
 //! x        (n, hidden)                    embedding of each token, times embedding_scale
 //! for each layer
 //!   normed   (n, hidden)                  RMS norm of x
-//!   q        (n, n_heads * key_length)    products with the layer's matrices, + bias
-//!   k, v     (n, n_kv_heads * …)          q and k normed and turned by their position; k and v go to the pages
-//!   mixed    (n, n_heads * value_length)  softmax(q k^T * scale) v over what each row may see
+//!   mixed    (n, …)                       the layer's mixer: what each row learns of the rows that it may see
 //!   delta    (n, hidden)                  output projection, + bias, post norm;  x += delta
 //!   normed   (n, hidden)                  RMS norm of x; the router says which experts each row visits
 //!   visited  (n_visits, hidden)           from whoever holds the feed-forward weights
@@ -22,18 +20,17 @@
 
 use std::sync::Arc;
 
-use quant::{Activations, BlockType};
+use quant::Activations;
 use vindex::Config;
 
-use crate::attention::{Head, Span, mix, remember};
 use crate::collector::{Collector, Watch};
 use crate::ffn::{Batch, FeedForward, FfnError, Visit};
 use crate::kv::{OutOfPages, Sequence};
+use crate::mixer::{self, Room, Span};
 use crate::model::{Layer, Model};
 use crate::router::route;
 use crate::rows::{
-    add, add_weighted, fill, multiply, parts, rms_norm, rms_norm_in_place, rows_per_task, sized,
-    softcap,
+    add, add_weighted, fill, multiply, rms_norm, rms_norm_in_place, rows_per_task, sized, softcap,
 };
 use crate::threads::Pool;
 
@@ -112,9 +109,6 @@ pub struct Forward {
 struct Buffers {
     x: Vec<f32>,
     normed: Vec<f32>,
-    q: Vec<f32>,
-    k: Vec<f32>,
-    v: Vec<f32>,
     mixed: Vec<f32>,
     delta: Vec<f32>,
     visited: Vec<f32>,
@@ -128,8 +122,8 @@ struct Buffers {
     weights: Vec<f32>,
     /// Rows as the products take them.
     activations: Activations,
-    /// `(n * n_heads, key_length)`: queries as the products with keys take them.
-    queries: Activations,
+    /// What mixers keep.
+    mixers: mixer::Buffers,
     /// Who learns what enters the matrices.
     watch: Watch,
 }
@@ -256,7 +250,7 @@ impl Forward {
         buffers.embed(model, works, n, pool);
         buffers.angles(model, works, n);
         for (l, layer) in model.layers.iter().enumerate() {
-            buffers.attend(model, l, layer, works, n, pool);
+            buffers.mix(model, layer, works, n, pool);
             buffers.route(model, layer, n, pool);
             let hidden = config.hidden as usize;
             let batch = Batch {
@@ -296,12 +290,12 @@ impl Buffers {
     /// Fills the angles of each row's position.
     fn angles(&mut self, model: &Model, works: &[Work<'_>], n: usize) {
         let rope = &model.rope;
-        let n_pairs = rope.n_pairs();
         let [all, sliding] = &mut self.angles;
         for (angles, is_sliding) in [(all, false), (sliding, true)] {
             if is_sliding && !rope.has_sliding() {
                 continue;
             }
+            let n_pairs = rope.n_pairs(is_sliding);
             let positions = works
                 .iter()
                 .flat_map(|w| w.sequence.len()..w.sequence.len() + w.tokens.len());
@@ -312,48 +306,20 @@ impl Buffers {
         }
     }
 
-    /// Attention: `x` gets its part, and `normed` becomes what enters the feed-forward layer.
-    fn attend(
-        &mut self,
-        model: &Model,
-        l: usize,
-        layer: &Layer,
-        works: &mut [Work<'_>],
-        n: usize,
-        pool: &Pool,
-    ) {
+    /// What the layer's mixer gives is added to `x`, and `normed` becomes what enters the feed-forward layer.
+    fn mix(&mut self, model: &Model, layer: &Layer, works: &mut [Work<'_>], n: usize, pool: &Pool) {
         let config = model.config();
-        let (a, eps, hidden) = (&config.attention, config.norm_eps, config.hidden as usize);
+        let (eps, hidden) = (config.norm_eps, config.hidden as usize);
         let n_threads = pool.n_threads();
-        let vindex = model.vindex();
         let normed = sized(&mut self.normed, n * hidden);
         norm_rows(&self.x[..n * hidden], &layer.attn_norm, eps, normed, pool);
 
-        self.watch.see(&[&layer.q, &layer.k, &layer.v], normed);
-        let [w_q, w_k, w_v] = [&layer.q, &layer.k, &layer.v].map(|w| w.matrix(vindex));
-        fill(
-            &mut self.activations,
-            normed,
-            hidden,
-            &[w_q.block_type, w_k.block_type, w_v.block_type],
+        let room = Room {
+            model,
             pool,
-        );
-        let q = sized(&mut self.q, n * w_q.n_rows);
-        let k = sized(&mut self.k, n * w_k.n_rows);
-        let v = sized(&mut self.v, n * w_v.n_rows);
-        let x = self.activations.all();
-        let products = parts(w_q, q, 2, n_threads)
-            .chain(parts(w_k, k, 4, n_threads))
-            .chain(parts(w_v, v, 4, n_threads));
-        pool.for_each(products, |p| quant::multiply(&p.w, p.rows, x, p.out));
-
-        let head = Head {
-            config: a,
-            norm_eps: eps,
-            rope: &model.rope,
+            watch: &self.watch,
+            angles: &self.angles,
         };
-        let is_sliding = layer.slides() && model.rope.has_sliding();
-        let angles = &self.angles[usize::from(is_sliding)];
         let mut spans: Vec<Span<'_>> = works
             .iter_mut()
             .map(|work| Span {
@@ -361,22 +327,12 @@ impl Buffers {
                 sequence: work.sequence,
             })
             .collect();
-        remember(&head, layer, l, &mut spans, (&mut *q, k, v), angles, pool);
-        let kv_type = spans
-            .first()
-            .map_or(BlockType::F32, |span| span.sequence.block_type());
-        fill(
-            &mut self.queries,
-            q,
-            a.key_length as usize,
-            &[kv_type],
-            pool,
-        );
-        let mixed = sized(&mut self.mixed, n * (a.n_heads * a.value_length) as usize);
-        mix(&head, layer, l, &spans, &self.queries, mixed, pool);
+        let mixed = sized(&mut self.mixed, n * layer.output.n_cols);
+        let buffers = (&mut self.mixers, &mut self.activations);
+        layer.mixer.mix(&room, normed, &mut spans, buffers, mixed);
 
         self.watch.see(&[&layer.output], mixed);
-        let w = layer.output.matrix(vindex);
+        let w = layer.output.matrix(model.vindex());
         fill(
             &mut self.activations,
             mixed,

@@ -7,10 +7,11 @@
 //!
 //! ```text
 //! for each layer:  for each key/value head:  keys   (PAGE, W)   row-major, f16 or f32, little-endian
-//!                  for each key/value head:  values (PAGE, V)
+//!                  for each key/value head:  values (PAGE, V)   unless values are keys
 //! ```
 //!
-//! so that a head's keys of a page are one matrix for `quant`.
+//! so that a head's keys of a page are one matrix for `quant`. Layers have heads of their own numbers and widths, and
+//! those that use another layer's keys, or have no attention, have no part of a page.
 //!
 //! Invariant: the pages of all sequences together never take more than the cache's ceiling; a sequence that would go
 //! beyond gets [`OutOfPages`] and stays as it was. Left out: whose turn it is then, which is the scheduler's.
@@ -20,7 +21,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use quant::{BlockType, Matrix};
-use vindex::Config;
+use vindex::{Config, Heads};
 
 /// Positions in a page.
 pub const PAGE: usize = 64;
@@ -59,6 +60,10 @@ impl KvType {
             KvType::F32 => BlockType::F32,
         }
     }
+
+    fn value_bytes(self) -> usize {
+        self.block_type().block_bytes()
+    }
 }
 
 /// No page is left under the ceiling.
@@ -87,47 +92,82 @@ struct Shared {
 }
 
 /// What a page looks like.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 struct Shape {
     kv_type: KvType,
-    n_layers: usize,
-    n_kv_heads: usize,
-    key_length: usize,
-    value_length: usize,
+    /// One a layer: what it remembers, and where that begins in a page.
+    layers: Vec<Option<(Kept, usize)>>,
+    page_bytes: usize,
+}
+
+/// What a layer remembers of a position.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Kept {
+    pub(crate) heads: Heads,
+    /// Values are the keys, and lie there once.
+    pub(crate) values_are_keys: bool,
+}
+
+impl Kept {
+    /// Of layer `l`; `None` where it remembers nothing of its own.
+    fn of(config: &Config, l: u32) -> Option<Kept> {
+        (config.kv_layer(l) == Some(l)).then(|| Kept {
+            heads: config.heads(l),
+            values_are_keys: config.attention.latent.is_some(),
+        })
+    }
+
+    /// A head's keys of a page.
+    fn keys_bytes(self, kv_type: KvType) -> usize {
+        PAGE * self.heads.key_length as usize * kv_type.value_bytes()
+    }
+
+    /// A head's values of a page.
+    fn values_bytes(self, kv_type: KvType) -> usize {
+        if self.values_are_keys {
+            return 0;
+        }
+        PAGE * self.heads.value_length as usize * kv_type.value_bytes()
+    }
+
+    fn all_keys_bytes(self, kv_type: KvType) -> usize {
+        self.heads.n_kv_heads as usize * self.keys_bytes(kv_type)
+    }
+
+    fn bytes(self, kv_type: KvType) -> usize {
+        let values = self.heads.n_kv_heads as usize * self.values_bytes(kv_type);
+        self.all_keys_bytes(kv_type) + values
+    }
 }
 
 impl Shape {
     fn of(config: &Config, kv_type: KvType) -> Shape {
-        let a = &config.attention;
+        Shape::new(kv_type, (0..config.n_layers).map(|l| Kept::of(config, l)))
+    }
+
+    fn new(kv_type: KvType, layers: impl Iterator<Item = Option<Kept>>) -> Shape {
+        let mut page_bytes = 0;
+        let layers = layers.map(|kept| {
+            let kept = kept?;
+            let start = page_bytes;
+            page_bytes += kept.bytes(kv_type);
+            Some((kept, start))
+        });
         Shape {
             kv_type,
-            n_layers: config.n_layers as usize,
-            n_kv_heads: a.n_kv_heads as usize,
-            key_length: a.key_length as usize,
-            value_length: a.value_length as usize,
+            layers: layers.collect(),
+            page_bytes,
         }
     }
 
-    fn value_bytes(self) -> usize {
-        self.kv_type.block_type().block_bytes()
+    /// Whether it is that of a model with these numbers.
+    fn is_of(&self, config: &Config) -> bool {
+        let own = self.layers.iter().map(|layer| layer.map(|(kept, _)| kept));
+        own.eq((0..config.n_layers).map(|l| Kept::of(config, l)))
     }
 
-    /// A head's keys of a page.
-    fn keys_bytes(self) -> usize {
-        PAGE * self.key_length * self.value_bytes()
-    }
-
-    /// A head's values of a page.
-    fn values_bytes(self) -> usize {
-        PAGE * self.value_length * self.value_bytes()
-    }
-
-    fn layer_bytes(self) -> usize {
-        self.n_kv_heads * (self.keys_bytes() + self.values_bytes())
-    }
-
-    fn page_bytes(self) -> usize {
-        self.n_layers * self.layer_bytes()
+    fn layer(&self, layer: usize) -> (Kept, usize) {
+        self.layers[layer].expect("a layer that remembers")
     }
 }
 
@@ -138,27 +178,23 @@ impl KvCache {
         KvCache::of_shape(Shape::of(config, kv_type), ceiling_bytes)
     }
 
-    /// The same for layers and heads of these numbers.
+    /// The same for layers that all have these heads.
     pub(crate) fn of_heads(
         kv_type: KvType,
         n_layers: usize,
-        n_kv_heads: usize,
-        key_length: usize,
-        value_length: usize,
+        heads: Heads,
         ceiling_bytes: u64,
     ) -> KvCache {
-        let shape = Shape {
-            kv_type,
-            n_layers,
-            n_kv_heads,
-            key_length,
-            value_length,
+        let kept = Kept {
+            heads,
+            values_are_keys: false,
         };
+        let shape = Shape::new(kv_type, (0..n_layers).map(|_| Some(kept)));
         KvCache::of_shape(shape, ceiling_bytes)
     }
 
     fn of_shape(shape: Shape, ceiling_bytes: u64) -> KvCache {
-        let n_pages = ceiling_bytes / shape.page_bytes().max(1) as u64;
+        let n_pages = ceiling_bytes / shape.page_bytes.max(1) as u64;
         KvCache {
             shared: Arc::new(Shared {
                 shape,
@@ -171,7 +207,7 @@ impl KvCache {
     /// Bytes of the pages that `n_tokens` of one sequence take.
     pub fn bytes_for(config: &Config, kv_type: KvType, n_tokens: usize) -> u64 {
         (n_tokens.div_ceil(PAGE) as u64)
-            .saturating_mul(Shape::of(config, kv_type).page_bytes() as u64)
+            .saturating_mul(Shape::of(config, kv_type).page_bytes as u64)
     }
 
     /// How the cache stores.
@@ -192,7 +228,7 @@ impl KvCache {
 
     /// Bytes of a page.
     pub fn page_bytes(&self) -> usize {
-        self.shared.shape.page_bytes()
+        self.shared.shape.page_bytes
     }
 
     /// A sequence without tokens; it holds no page yet.
@@ -224,7 +260,7 @@ impl KvCache {
     fn page(&self) -> Page {
         Page {
             // The system gives such memory without touching it.
-            bytes: vec![0; self.shared.shape.page_bytes()],
+            bytes: vec![0; self.shared.shape.page_bytes],
             shared: Arc::clone(&self.shared),
         }
     }
@@ -264,8 +300,7 @@ impl Sequence {
 
     /// Whether the cache was made for a model with these numbers.
     pub(crate) fn is_of(&self, config: &Config) -> bool {
-        let shape = self.cache.shared.shape;
-        shape == Shape::of(config, shape.kv_type)
+        self.cache.shared.shape.is_of(config)
     }
 
     /// How keys and values are stored.
@@ -360,12 +395,13 @@ impl Sequence {
         head: usize,
         n_positions: usize,
     ) -> Matrix<'_> {
-        let shape = self.cache.shared.shape;
-        let start = layer * shape.layer_bytes() + head * shape.keys_bytes();
-        self.matrix(page, start, n_positions, shape.key_length)
+        let (kept, start) = self.cache.shared.shape.layer(layer);
+        let start = start + head * kept.keys_bytes(self.cache.kv_type());
+        self.matrix(page, start, n_positions, kept.heads.key_length as usize)
     }
 
-    /// The values of a head at some positions of page `page` of a layer, `(positions, value_length)`.
+    /// The values of a head at some positions of page `page` of a layer, `(positions, value_length)`; where values are
+    /// keys, `(positions, key_length)`.
     pub(crate) fn values(
         &self,
         layer: usize,
@@ -373,21 +409,30 @@ impl Sequence {
         head: usize,
         positions: Range<usize>,
     ) -> Matrix<'_> {
-        let shape = self.cache.shared.shape;
-        let start = layer * shape.layer_bytes()
-            + shape.n_kv_heads * shape.keys_bytes()
-            + head * shape.values_bytes()
-            + positions.start * shape.value_length * shape.value_bytes();
-        self.matrix(page, start, positions.len(), shape.value_length)
+        let kv_type = self.cache.kv_type();
+        let (kept, start) = self.cache.shared.shape.layer(layer);
+        let (start, width) = match kept.values_are_keys {
+            true => (
+                start + head * kept.keys_bytes(kv_type),
+                kept.heads.key_length,
+            ),
+            false => (
+                start + kept.all_keys_bytes(kv_type) + head * kept.values_bytes(kv_type),
+                kept.heads.value_length,
+            ),
+        };
+        let width = width as usize;
+        let start = start + positions.start * width * kv_type.value_bytes();
+        self.matrix(page, start, positions.len(), width)
     }
 
     fn matrix(&self, page: usize, start: usize, n_rows: usize, n_cols: usize) -> Matrix<'_> {
-        let shape = self.cache.shared.shape;
+        let kv_type = self.cache.kv_type();
         Matrix {
-            block_type: shape.kv_type.block_type(),
+            block_type: kv_type.block_type(),
             n_rows,
             n_cols,
-            bytes: &self.pages[page].bytes[start..][..n_rows * n_cols * shape.value_bytes()],
+            bytes: &self.pages[page].bytes[start..][..n_rows * n_cols * kv_type.value_bytes()],
         }
     }
 
@@ -397,19 +442,21 @@ impl Sequence {
         layer: usize,
         n_tokens: usize,
     ) -> impl Iterator<Item = Window<'_>> {
-        let shape = self.cache.shared.shape;
+        let kv_type = self.cache.kv_type();
+        let (kept, start) = self.cache.shared.shape.layer(layer);
         let (begin, end) = (self.len, self.len + n_tokens);
         let first_page = begin / PAGE;
         let pages = self.pages[first_page..end.div_ceil(PAGE)].iter_mut();
         pages.enumerate().map(move |(i, page)| {
             let page_start = (first_page + i) * PAGE;
             let page = Arc::get_mut(page).expect("reserved pages are not shared");
-            let bytes = &mut page.bytes[layer * shape.layer_bytes()..][..shape.layer_bytes()];
-            let (keys, values) = bytes.split_at_mut(shape.n_kv_heads * shape.keys_bytes());
+            let bytes = &mut page.bytes[start..][..kept.bytes(kv_type)];
+            let (keys, values) = bytes.split_at_mut(kept.all_keys_bytes(kv_type));
             Window {
                 keys,
                 values,
-                shape,
+                kv_type,
+                kept,
                 positions: begin.max(page_start) - page_start
                     ..end.min(page_start + PAGE) - page_start,
             }
@@ -421,28 +468,37 @@ impl Sequence {
 pub(crate) struct Window<'a> {
     keys: &'a mut [u8],
     values: &'a mut [u8],
-    shape: Shape,
+    kv_type: KvType,
+    kept: Kept,
     /// Within the page.
     pub(crate) positions: Range<usize>,
 }
 
 impl Window<'_> {
-    /// Writes a position of the page: `keys` are (n_kv_heads, key_length), `values` (n_kv_heads, value_length).
+    /// Writes a position of the page: `keys` are (n_kv_heads, key_length), `values` (n_kv_heads, value_length). Where
+    /// values are keys, none are looked at.
     pub(crate) fn write(&mut self, position: usize, keys: &[f32], values: &[f32]) {
-        let Shape {
-            kv_type,
-            key_length,
-            value_length,
-            ..
-        } = self.shape;
-        let store = |page: &mut [u8], rows: &[f32], length: usize, head_bytes: usize| {
+        let (kv_type, kept) = (self.kv_type, self.kept);
+        let store = |page: &mut [u8], rows: &[f32], length: u32, head_bytes: usize| {
             let row_bytes = head_bytes / PAGE;
-            for (head, row) in rows.chunks_exact(length).enumerate() {
+            for (head, row) in rows.chunks_exact(length as usize).enumerate() {
                 let target = &mut page[head * head_bytes + position * row_bytes..][..row_bytes];
                 quant::encode(kv_type.block_type(), row, target);
             }
         };
-        store(self.keys, keys, key_length, self.shape.keys_bytes());
-        store(self.values, values, value_length, self.shape.values_bytes());
+        let Heads {
+            key_length,
+            value_length,
+            ..
+        } = kept.heads;
+        store(self.keys, keys, key_length, kept.keys_bytes(kv_type));
+        if !kept.values_are_keys {
+            store(
+                self.values,
+                values,
+                value_length,
+                kept.values_bytes(kv_type),
+            );
+        }
     }
 }

@@ -1,6 +1,6 @@
 //! Tokens to logits: attention here, feed-forward rows from whoever holds the weights.
 //!
-//! Read in this order: [`Forward`] (the pass, on one page), `attention.rs` and [`KvCache`] (what a row sees of the rows
+//! Read in this order: [`Forward`] (the pass, on one page), `mixer` and [`KvCache`] (what a row sees of the rows
 //! before it), [`FeedForward`] (the seam: one method over a batch of rows) and [`Local`] (the weights of this process),
 //! [`Request`] and [`Event`] (what goes in and comes out), [`Tokenizer`] and [`ChatTemplate`] (texts to tokens and back),
 //! [`Sampler`] and [`Grammar`] (logits to a token), [`Engine`] (many generations at once), [`Drafts`] (several tokens of
@@ -9,7 +9,6 @@
 //! Invariant: a row's result depends on that row alone, not on the rows computed beside it, on threads, or on who
 //! computed it; so a split run gives bit for bit the logits of an unsplit one. No async and no HTTP here.
 
-mod attention;
 mod chat;
 mod collector;
 mod draft;
@@ -18,6 +17,7 @@ mod forward;
 mod grammar;
 mod kv;
 mod local;
+mod mixer;
 mod model;
 mod request;
 mod rope;

@@ -6,8 +6,9 @@
 
 use std::sync::Arc;
 
-use vindex::{Config, RopeScaling, Vindex};
+use vindex::{Config, Heads, RopeScaling, Vindex};
 
+use crate::mixer::Mixer;
 use crate::rope::Rope;
 use crate::weights::{ModelError, Weight, vector};
 
@@ -33,17 +34,8 @@ pub struct Model {
 pub(crate) struct Layer {
     /// `(hidden)`.
     pub(crate) attn_norm: Vec<f32>,
-    /// `(n_heads * key_length, hidden)`.
-    pub(crate) q: Weight,
-    /// `(n_kv_heads * key_length, hidden)`.
-    pub(crate) k: Weight,
-    /// `(n_kv_heads * value_length, hidden)`.
-    pub(crate) v: Weight,
-    /// Of q, k and v.
-    pub(crate) qkv_bias: Option<[Vec<f32>; 3]>,
-    /// Of q and k, `(key_length)` each.
-    pub(crate) qk_norm: Option<[Vec<f32>; 2]>,
-    /// `(hidden, n_heads * value_length)`.
+    pub(crate) mixer: Mixer,
+    /// `(hidden, width of what the mixer gives)`.
     pub(crate) output: Weight,
     /// `(hidden)`.
     pub(crate) output_bias: Option<Vec<f32>>,
@@ -53,8 +45,6 @@ pub(crate) struct Layer {
     pub(crate) ffn_norm: Vec<f32>,
     /// `(n_experts, hidden)`.
     pub(crate) router: Option<Weight>,
-    /// Tokens that a token sees, itself included; `usize::MAX` without a window.
-    pub(crate) window: usize,
 }
 
 impl Model {
@@ -103,9 +93,9 @@ impl Model {
     /// Bytes of weights that the attention half of a step reads once: all layers and the output head.
     pub fn attention_bytes(&self) -> u64 {
         let layers = self.layers.iter().map(|layer| {
-            let matrices = [&layer.q, &layer.k, &layer.v, &layer.output];
-            let router = layer.router.as_ref().map_or(0, Weight::bytes);
-            matrices.map(Weight::bytes).iter().sum::<usize>() + router
+            let mixer = layer.mixer.weights().into_iter();
+            let others = [&layer.output].into_iter().chain(&layer.router);
+            mixer.chain(others).map(Weight::bytes).sum::<usize>()
         });
         (layers.sum::<usize>() + self.head.bytes()) as u64
     }
@@ -134,37 +124,23 @@ impl Layer {
     fn open(v: &Vindex, config: &Config, l: u32) -> Result<Layer, ModelError> {
         let a = &config.attention;
         let hidden = config.hidden;
-        let (queries, keys) = (a.n_heads * a.key_length, a.n_kv_heads * a.key_length);
-        let (values, mixed) = (a.n_kv_heads * a.value_length, a.n_heads * a.value_length);
         let name = |part: &str| format!("blk.{l}.{part}");
         let vector = |part: &str, n| vector(v, &name(part), n);
         let weight = |part: &str, n_rows, n_cols| Weight::find(v, name(part), n_rows, n_cols);
-        let slides = |w: &vindex::SlidingWindow| w.layers.get(l as usize) == Some(&true);
+        let mixer = Mixer::open(v, config, l)?;
+        let (output, width) = mixer.output();
+        // GGUF has two names for the norm before feed-forward; where there are norms after attention too, the second is
+        // theirs.
+        let ffn_norm = ["ffn_norm.weight", "post_attention_norm.weight"];
+        let is_second = !config.post_norms && v.tensor(&name(ffn_norm[0])).is_none();
         Ok(Layer {
             attn_norm: vector("attn_norm.weight", hidden)?,
-            q: weight("attn_q.weight", queries, hidden)?,
-            k: weight("attn_k.weight", keys, hidden)?,
-            v: weight("attn_v.weight", values, hidden)?,
-            qkv_bias: match a.qkv_bias {
-                true => Some([
-                    vector("attn_q.bias", queries)?,
-                    vector("attn_k.bias", keys)?,
-                    vector("attn_v.bias", values)?,
-                ]),
-                false => None,
-            },
-            qk_norm: match a.qk_norm {
-                true => Some([
-                    vector("attn_q_norm.weight", a.key_length)?,
-                    vector("attn_k_norm.weight", a.key_length)?,
-                ]),
-                false => None,
-            },
-            output: weight("attn_output.weight", hidden, mixed)?,
+            output: weight(&format!("{output}.weight"), hidden, width)?,
             output_bias: match a.output_bias {
-                true => Some(vector("attn_output.bias", hidden)?),
+                true => Some(vector(&format!("{output}.bias"), hidden)?),
                 false => None,
             },
+            mixer,
             post_norms: match config.post_norms {
                 true => Some([
                     vector("post_attention_norm.weight", hidden)?,
@@ -172,21 +148,12 @@ impl Layer {
                 ]),
                 false => None,
             },
-            ffn_norm: vector("ffn_norm.weight", hidden)?,
+            ffn_norm: vector(ffn_norm[usize::from(is_second)], hidden)?,
             router: match config.experts {
                 Some(experts) => Some(weight("ffn_gate_inp.weight", experts.n, hidden)?),
                 None => None,
             },
-            window: match &a.sliding_window {
-                Some(window) if slides(window) => window.n_tokens as usize,
-                _ => usize::MAX,
-            },
         })
-    }
-
-    /// Whether a token sees only the last ones.
-    pub(crate) fn slides(&self) -> bool {
-        self.window != usize::MAX
     }
 }
 
@@ -194,36 +161,38 @@ impl Layer {
 fn check(config: &Config) -> Result<(), ModelError> {
     let a = &config.attention;
     let wrong = |what: String| Err(ModelError::Config { what });
-    let counts = [
-        config.hidden,
-        config.vocab,
-        a.n_heads,
-        a.n_kv_heads,
-        a.key_length,
-        a.value_length,
-    ];
-    if counts.contains(&0) || config.n_layers == 0 {
+    if [config.hidden, config.vocab, a.n_heads, config.n_layers].contains(&0) {
         return wrong("sizes are not all above 0".to_owned());
     }
-    if !a.n_heads.is_multiple_of(a.n_kv_heads) {
-        return wrong(format!(
-            "{} heads are no multiple of {} key heads",
-            a.n_heads, a.n_kv_heads
-        ));
-    }
-    if a.key_length.max(a.value_length) as usize > HEAD_MAX {
-        return wrong(format!("heads are wider than {HEAD_MAX}"));
-    }
-    let longest = u64::from(a.n_heads) * u64::from(a.key_length.max(a.value_length));
-    if longest > u64::from(u32::MAX) {
-        return wrong(format!(
-            "{} heads of {} are too many",
-            a.n_heads, a.key_length
-        ));
-    }
-    let n_dims = config.rope.n_dims;
-    if n_dims > a.key_length || !n_dims.is_multiple_of(2) {
-        return wrong(format!("rope turns {n_dims} of {} elements", a.key_length));
+    for l in 0..config.n_layers {
+        let Heads {
+            n_kv_heads,
+            key_length,
+            value_length,
+        } = config.heads(l);
+        if [n_kv_heads, key_length, value_length].contains(&0) {
+            return wrong("sizes are not all above 0".to_owned());
+        }
+        if !a.n_heads.is_multiple_of(n_kv_heads) {
+            return wrong(format!(
+                "{} heads are no multiple of {n_kv_heads} key heads",
+                a.n_heads
+            ));
+        }
+        if key_length.max(value_length) as usize > HEAD_MAX {
+            return wrong(format!("heads are wider than {HEAD_MAX}"));
+        }
+        let longest = 2 * u64::from(a.n_heads) * u64::from(key_length.max(value_length));
+        if longest > u64::from(u32::MAX) {
+            return wrong(format!("{} heads of {key_length} are too many", a.n_heads));
+        }
+        let n_dims = match config.slides(l) {
+            true => config.rope.n_dims_sliding.unwrap_or(config.rope.n_dims),
+            false => config.rope.n_dims,
+        };
+        if n_dims > key_length || !n_dims.is_multiple_of(2) {
+            return wrong(format!("rope turns {n_dims} of {key_length} elements"));
+        }
     }
     if a.sliding_window.as_ref().is_some_and(|w| w.n_tokens == 0) {
         return wrong("sliding window is empty".to_owned());
@@ -239,28 +208,13 @@ fn check(config: &Config) -> Result<(), ModelError> {
 /// What a configuration can say and the pass does not follow.
 fn not_computed(config: &Config) -> Option<&'static str> {
     let a = &config.attention;
-    let window = a.sliding_window.as_ref();
     let experts = config.experts;
-    let fractional = matches!(
-        config.rope.scaling,
-        Some(RopeScaling::Yarn {
-            fractional: true,
-            ..
-        })
-    );
     [
         (config.delta_net.is_some(), "layers with a recurrent state"),
-        (a.output_gate, "gates of attention"),
         (a.latent.is_some(), "latent keys and values"),
         (a.sinks, "attention sinks"),
         (a.value_norm, "norms of values"),
         (a.keys_are_values, "values that are keys"),
-        (a.n_shared_kv_layers > 0, "shared keys and values"),
-        (
-            window.is_some_and(|w| w.heads.is_some()) || config.rope.n_dims_sliding.is_some(),
-            "other heads in layers that slide",
-        ),
-        (fractional, "fractional bounds of rope scaling"),
         (config.layer_embeddings.is_some(), "embeddings of layers"),
         (config.layer_scale, "scales of layers"),
         (

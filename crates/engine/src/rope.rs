@@ -24,7 +24,7 @@ impl Rope {
     /// `factors` are those of [`RopeScaling::FrequencyFactors`].
     pub(crate) fn new(rope: &vindex::Rope, factors: Option<&[f32]>) -> Rope {
         let n_dims = rope.n_dims;
-        let plain = |base: f32| -> Vec<f32> {
+        let plain = |n_dims: u32, base: f32| -> Vec<f32> {
             let pairs = 0..n_dims / 2;
             pairs
                 .map(|i| {
@@ -33,7 +33,7 @@ impl Rope {
                 })
                 .collect()
         };
-        let mut frequencies = plain(rope.base);
+        let mut frequencies = plain(n_dims, rope.base);
         let mut magnitude = 1.0;
         match rope.scaling {
             None => {}
@@ -53,7 +53,7 @@ impl Rope {
                 beta_fast,
                 beta_slow,
                 attention_factor,
-                fractional: _,
+                fractional,
             }) => {
                 // The pair that turns so many times over the original context.
                 let pair = |rotations: f32| {
@@ -61,8 +61,11 @@ impl Rope {
                     let turns = context / (f64::from(rotations) * std::f64::consts::TAU);
                     f64::from(n_dims) * turns.ln() / (2.0 * f64::from(rope.base).ln())
                 };
-                let low = pair(beta_fast).floor().max(0.0);
-                let high = pair(beta_slow).ceil().min(f64::from(n_dims - 1));
+                let (low, high) = match fractional {
+                    true => (pair(beta_fast), pair(beta_slow)),
+                    false => (pair(beta_fast).floor(), pair(beta_slow).ceil()),
+                };
+                let (low, high) = (low.max(0.0), high.min(f64::from(n_dims - 1)));
                 let width = if high == low { 0.001 } else { high - low };
                 for (i, f) in frequencies.iter_mut().enumerate() {
                     let ramp = ((i as f64 - low) / width).clamp(0.0, 1.0) as f32;
@@ -77,14 +80,23 @@ impl Rope {
         Rope {
             kind: rope.kind,
             frequencies,
-            frequencies_sliding: rope.base_sliding.map(plain),
+            frequencies_sliding: (rope.base_sliding.is_some() || rope.n_dims_sliding.is_some())
+                .then(|| {
+                    plain(
+                        rope.n_dims_sliding.unwrap_or(n_dims),
+                        rope.base_sliding.unwrap_or(rope.base),
+                    )
+                }),
             magnitude,
         }
     }
 
-    /// Pairs that are turned.
-    pub(crate) fn n_pairs(&self) -> usize {
-        self.frequencies.len()
+    /// Pairs that are turned, in layers that slide or in others.
+    pub(crate) fn n_pairs(&self, is_sliding: bool) -> usize {
+        match &self.frequencies_sliding {
+            Some(sliding) if is_sliding => sliding.len(),
+            _ => self.frequencies.len(),
+        }
     }
 
     /// Whether layers with a sliding window have angles of their own.

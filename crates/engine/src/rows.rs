@@ -149,6 +149,15 @@ pub(crate) fn softcap(values: &mut [f32], cap: f32) {
         .for_each(|x| *x = cap * (1.0 - 2.0 / (*x + 1.0)));
 }
 
+/// `values` are multiplied by the sigmoid of `gates`, element by element; the gates are destroyed.
+pub(crate) fn sigmoid_gate(values: &mut [f32], gates: &mut [f32]) {
+    gates.iter_mut().for_each(|gate| *gate = -*gate);
+    quant::exp_in_place(gates);
+    for (value, gate) in values.iter_mut().zip(gates) {
+        *value /= 1.0 + *gate;
+    }
+}
+
 /// A buffer of `len` values, whatever was in it. It allocates only to hold more than ever before.
 pub(crate) fn sized<T: Clone + Default>(buffer: &mut Vec<T>, len: usize) -> &mut [T] {
     if buffer.len() < len {

@@ -98,7 +98,7 @@ impl Drafts {
 /// How a head's matrices are kept: as the model's where those are not of few bits. A head reads little, and its errors add
 /// to those of the model.
 fn block_type(model: &Model) -> BlockType {
-    match model.layers.first().map(|layer| layer.q.block_type) {
+    match model.layers.first().map(|layer| layer.output.block_type) {
         Some(exact @ (BlockType::F32 | BlockType::F16 | BlockType::BF16)) => exact,
         _ => BlockType::Q8_0,
     }

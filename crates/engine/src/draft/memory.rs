@@ -163,7 +163,12 @@ mod tests {
 
     #[test]
     fn a_fork_knows_all_pairs_in_common_and_waits_for_the_next_token() {
-        let cache = KvCache::of_heads(KvType::F16, 1, 1, 2, 2, 1 << 20);
+        let heads = vindex::Heads {
+            n_kv_heads: 1,
+            key_length: 2,
+            value_length: 2,
+        };
+        let cache = KvCache::of_heads(KvType::F16, 1, heads, 1 << 20);
         let mut pairs = Pairs::new(&cache, 2);
         pairs.record(0, &states(0..100));
         pairs.record(100, &states(100..150));

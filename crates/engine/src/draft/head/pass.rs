@@ -15,6 +15,7 @@
 use std::sync::Arc;
 
 use quant::{Activations, BlockType, Columns};
+use vindex::Heads;
 
 use super::{Attention, FeedForward, Gated, Head, Own, Routing};
 use crate::kv::{KvCache, KvType, OutOfPages, PAGE, Sequence};
@@ -73,8 +74,12 @@ impl std::fmt::Debug for HeadPass {
 impl Head {
     /// A cache for the head's keys and values that takes at most `ceiling_bytes`, but at least one page.
     pub fn cache(&self, kv_type: KvType, ceiling_bytes: u64) -> KvCache {
-        let (keys, values) = (self.key_length, self.value_length);
-        KvCache::of_heads(kv_type, 1, self.n_kv_heads, keys, values, ceiling_bytes)
+        let heads = Heads {
+            n_kv_heads: self.n_kv_heads as u32,
+            key_length: self.key_length as u32,
+            value_length: self.value_length as u32,
+        };
+        KvCache::of_heads(kv_type, 1, heads, ceiling_bytes)
     }
 }
 
@@ -170,7 +175,7 @@ impl Buffers {
     fn attend(&mut self, head: &Head, pool: &Pool, works: &mut [HeadWork<'_>], n: usize) {
         let (hidden, n_heads, n_kv_heads) = (head.hidden, head.n_heads, head.n_kv_heads);
         let (key_length, value_length) = (head.key_length, head.value_length);
-        let n_pairs = head.rope.n_pairs();
+        let n_pairs = head.rope.n_pairs(false);
         let positions = works.iter().flat_map(|work| {
             let first = work.sequence.len();
             first..first + work.hidden.len() / hidden
@@ -236,7 +241,7 @@ impl Buffers {
     fn queries_keys_values(&mut self, head: &Head, pool: &Pool, n: usize) {
         let (n_heads, n_kv_heads, length) = (head.n_heads, head.n_kv_heads, head.key_length);
         let normed = &self.normed[..n * head.hidden];
-        let n_pairs = head.rope.n_pairs();
+        let n_pairs = head.rope.n_pairs(false);
         match &head.attention {
             Attention::Full {
                 q: w_q,
