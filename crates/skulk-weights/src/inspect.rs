@@ -14,10 +14,11 @@ use hub::{Hub, RepoId, Settings, Snapshot};
 use serde::Serialize;
 use terminal::size;
 use vindex::{
-    Census, Checkpoint, INDEX_FILE, Index, LocalDir, Plan, Recipe, Source as Files, VindexId,
+    Census, Checkpoint, INDEX_FILE, Index, LocalDir, Plan, Recipe, Slice, Source as Files, VindexId,
 };
 
 use crate::card::License;
+use crate::estimate::Estimate;
 use crate::larql;
 use crate::plan::PublishPlan;
 use crate::space::free_bytes;
@@ -50,8 +51,10 @@ pub(crate) struct Source {
     /// `None` when it cannot be told.
     pub(crate) commit: Option<String>,
     pub(crate) license: License,
-    /// Length of its safetensors files.
+    /// Length of its safetensors files, or of the tensors that its index tells of.
     pub(crate) size_bytes: Option<u64>,
+    /// It holds no weights: the plan is made from its configuration and the names in its index.
+    pub(crate) is_without_weights: bool,
     /// How many tensors of each type.
     pub(crate) dtypes: BTreeMap<String, usize>,
 }
@@ -63,7 +66,10 @@ pub(crate) struct Extraction {
     pub(crate) n_parts: usize,
     pub(crate) size_bytes: u64,
     pub(crate) types: Census,
+    /// What each slice holds, in bytes.
+    pub(crate) slices: BTreeMap<&'static str, u64>,
     pub(crate) n_left_out: usize,
+    pub(crate) estimate: Estimate,
 }
 
 /// The repository that is published to.
@@ -177,10 +183,12 @@ async fn source(plan: &PublishPlan, hub: &Hub) -> SourceFound {
     let read = if local.is_dir() {
         found.source.is_local = true;
         let local = local.to_owned();
-        tokio::task::spawn_blocking(move || read(&LocalDir::open(&local)?, recipe?)).await
+        tokio::task::spawn_blocking(move || read(&LocalDir::open(&local)?, recipe?, false)).await
     } else {
         match snapshot(plan, hub, &mut found).await {
-            Ok(snapshot) => tokio::task::spawn_blocking(move || read(&snapshot, recipe?)).await,
+            Ok(snapshot) => {
+                tokio::task::spawn_blocking(move || read(&snapshot, recipe?, true)).await
+            }
             Err(text) => {
                 found.warnings.push(text);
                 return found;
@@ -189,7 +197,8 @@ async fn source(plan: &PublishPlan, hub: &Hub) -> SourceFound {
     };
     match read {
         Ok(Ok(read)) => {
-            (found.source.size_bytes, found.source.dtypes) = (Some(read.size_bytes), read.dtypes);
+            (found.source.size_bytes, found.source.dtypes) = (read.size_bytes, read.dtypes);
+            found.source.is_without_weights = read.is_without_weights;
             found.extraction = read.extraction;
             found.disk_needed_bytes = read.disk_needed_bytes;
             found.warnings.extend(read.warnings);
@@ -222,28 +231,38 @@ async fn snapshot(
 
 #[derive(Default)]
 struct Read {
-    size_bytes: u64,
+    size_bytes: Option<u64>,
+    is_without_weights: bool,
     dtypes: BTreeMap<String, usize>,
     extraction: Option<Extraction>,
     disk_needed_bytes: Option<u64>,
     warnings: Vec<String>,
 }
 
-/// Headers, configuration and tokenizer, read by blocking calls.
-fn read(source: &dyn Files, recipe: Recipe) -> Result<Read, Unknown> {
+/// Headers, configuration and tokenizer, read by blocking calls; `is_far` when the weights would have to be fetched.
+fn read(source: &dyn Files, recipe: Recipe, is_far: bool) -> Result<Read, Unknown> {
     let mut read = Read::default();
     let files = source.files()?;
-    read.size_bytes = files
-        .iter()
-        .filter(|file| file.path.ends_with(".safetensors"))
-        .map(|file| file.size_bytes)
-        .sum();
-    for (_, tensor) in Checkpoint::open(source)?.tensors() {
-        *read.dtypes.entry(tensor.dtype.to_string()).or_default() += 1;
-    }
-    match vindex::plan(source, recipe) {
+    let has = |ending: &str| files.iter().any(|file| file.path.ends_with(ending));
+    read.is_without_weights =
+        has("model.safetensors.index.json") && !has(".safetensors") && !has(".gguf");
+    let plan = if read.is_without_weights {
+        vindex::forecast(source, recipe).map(|forecast| {
+            read.size_bytes = forecast.source_bytes;
+            forecast.plan
+        })
+    } else {
+        let weights = files.iter().filter(|f| f.path.ends_with(".safetensors"));
+        read.size_bytes = Some(weights.map(|file| file.size_bytes).sum());
+        for (_, tensor) in Checkpoint::open(source)?.tensors() {
+            *read.dtypes.entry(tensor.dtype.to_string()).or_default() += 1;
+        }
+        vindex::plan(source, recipe)
+    };
+    match plan {
         Ok(plan) => {
-            let extraction = Extraction::of(&plan);
+            let fetch_bytes = read.size_bytes.filter(|_| is_far);
+            let extraction = Extraction::of(&plan, fetch_bytes);
             // Part 1 holds the tokenizer as it is and as GGUF arrays; the headers are small beside it.
             let tokenizer: u64 = files
                 .iter()
@@ -262,14 +281,24 @@ fn read(source: &dyn Files, recipe: Recipe) -> Result<Read, Unknown> {
 }
 
 impl Extraction {
-    fn of(plan: &Plan) -> Extraction {
+    fn of(plan: &Plan, fetch_bytes: Option<u64>) -> Extraction {
         let types = plan.census();
+        let held_bytes = |slice: Slice| {
+            let parts = plan.parts.iter().filter(|p| slice.holds(p.component));
+            let tensors = parts.flat_map(|part| &part.tensors);
+            tensors.fold(0_u64, |sum, t| sum.saturating_add(t.size_bytes()))
+        };
+        let size_bytes = types.values().map(|kind| kind.size_bytes).sum();
         Extraction {
             stem: plan.stem.clone(),
             n_parts: plan.parts.len(),
-            size_bytes: types.values().map(|kind| kind.size_bytes).sum(),
-            types,
+            size_bytes,
+            slices: Slice::ALL
+                .map(|slice| (slice.name(), held_bytes(slice)))
+                .into(),
             n_left_out: plan.left_out.len(),
+            estimate: Estimate::of(&types, fetch_bytes, size_bytes),
+            types,
         }
     }
 
@@ -360,6 +389,12 @@ impl fmt::Display for Inspection {
                 .collect();
             line("source tensors", &dtypes.join(", "))?;
         }
+        if self.source.is_without_weights {
+            line(
+                "source tensors",
+                &"unread: it has no weights; the plan is from their names and the configuration",
+            )?;
+        }
         if let Some(extraction) = &self.extraction {
             let total = format!(
                 "{} in {} parts",
@@ -373,6 +408,17 @@ impl fmt::Display for Inspection {
                     &format_args!("{:>5} {name}, {}", kind.n_tensors, size(kind.size_bytes)),
                 )?;
             }
+            let slices: Vec<String> = extraction
+                .slices
+                .iter()
+                .map(|(name, bytes)| format!("{name} {}", size(*bytes)))
+                .collect();
+            line("memory to serve", &slices.join(", "))?;
+            line(
+                "memory to extract",
+                &format_args!("at most {}", size(extraction.estimate.memory_bytes_max)),
+            )?;
+            line("time estimate", &extraction.estimate.time())?;
             if extraction.n_left_out > 0 {
                 line(
                     "left out",

@@ -15,6 +15,7 @@ mod diagnostic;
 mod doctor;
 mod entry;
 mod environment;
+mod estimate;
 mod inspect;
 mod journal;
 mod larql;

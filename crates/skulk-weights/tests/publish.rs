@@ -188,9 +188,13 @@ impl Bench {
             .replace(&self.collection, "[COLLECTION]");
         let mut out = String::new();
         for line in text.lines().filter(|line| !line.starts_with("wrote ")) {
-            let line = match line.split_once(" needed, ") {
-                Some((needed, _)) => format!("{needed} needed, [FREE] free"),
-                None => line.to_owned(),
+            let line = match (
+                line.split_once(" needed, "),
+                line.split_once("time estimate:"),
+            ) {
+                (Some((needed, _)), _) => format!("{needed} needed, [FREE] free"),
+                (_, Some(_)) => "time estimate: [TIME]".to_owned(),
+                _ => line.to_owned(),
             };
             let words = line
                 .split_inclusive(|c: char| !c.is_ascii_alphanumeric())

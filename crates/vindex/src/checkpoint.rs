@@ -59,6 +59,8 @@ pub enum Dtype {
     BF16,
     /// A type of safetensors that we do not read values of.
     Other(OtherDtype),
+    /// Nothing is known of the tensor but its name and its file.
+    Unread,
 }
 
 /// A type of safetensors that we do not read values of: its name there and its size.
@@ -75,6 +77,7 @@ impl Dtype {
             Dtype::F32 => 32,
             Dtype::F16 | Dtype::BF16 => 16,
             Dtype::Other(other) => other.bits,
+            Dtype::Unread => 0,
         }
     }
 
@@ -117,6 +120,7 @@ impl fmt::Display for Dtype {
             Dtype::F16 => "F16",
             Dtype::BF16 => "BF16",
             Dtype::Other(other) => other.name,
+            Dtype::Unread => "unread",
         })
     }
 }
@@ -176,6 +180,33 @@ impl Checkpoint {
 #[derive(Deserialize)]
 struct Index {
     weight_map: BTreeMap<String, String>,
+    #[serde(default)]
+    metadata: IndexMetadata,
+}
+
+#[derive(Default, Deserialize)]
+struct IndexMetadata {
+    /// Some writers have it as a float.
+    total_size: Option<f64>,
+}
+
+/// What `model.safetensors.index.json` tells where none of its shards is: the tensors by name, of no shape and
+/// [`Dtype::Unread`], and the bytes of them all.
+pub(crate) fn named(files: &Files<'_>) -> Result<(Checkpoint, Option<u64>), Error> {
+    let index: Index = files.json(INDEX_FILE, HEADER_BYTES_MAX)?;
+    let tensor = |file: String| SourceTensor {
+        file,
+        dtype: Dtype::Unread,
+        shape: Vec::new(),
+        offset_bytes: 0,
+        size_bytes: 0,
+    };
+    let tensors = index.weight_map.into_iter();
+    let checkpoint = Checkpoint {
+        tensors: tensors.map(|(name, file)| (name, tensor(file))).collect(),
+    };
+    let size_bytes = index.metadata.total_size.filter(|n| *n >= 1.0);
+    Ok((checkpoint, size_bytes.map(|n| n as u64)))
 }
 
 fn sharded(files: &Files<'_>) -> Result<Checkpoint, Error> {

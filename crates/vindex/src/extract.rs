@@ -34,6 +34,7 @@ use crate::source::{Files, Origin, Source};
 pub use journal::JOURNAL_FILE;
 use journal::{FinishedPart, Journal};
 use layout::Layout;
+pub use pipeline::EXTRACTION_MEMORY_BYTES_MAX;
 pub(crate) use pipeline::PARTIAL;
 
 /// How to extract. None of it changes a byte of the vindex.

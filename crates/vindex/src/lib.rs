@@ -38,12 +38,15 @@ pub use config::{
 pub use directory::{clear, write_whole};
 pub use dump::dump;
 pub use error::{Error, Wrong, WrongPart};
-pub use extract::{ExtractOptions, JOURNAL_FILE, Progress, extract};
+pub use extract::{EXTRACTION_MEMORY_BYTES_MAX, ExtractOptions, JOURNAL_FILE, Progress, extract};
 pub use gguf::{Header, MetaArray, MetaValue, TensorInfo, read_header};
 pub use index::{FORMAT, INDEX_FILE, Index, NoVindexId, Part, Tensor, VindexId};
 pub use local::LocalDir;
 pub use open::{TensorView, Vindex};
-pub use plan::{Component, LeftOut, Plan, PlannedPart, PlannedTensor, Transform, Values, plan};
+pub use plan::{
+    Component, Forecast, LeftOut, Plan, PlannedPart, PlannedTensor, Transform, Values, forecast,
+    plan,
+};
 pub use provenance::{PROVENANCE_FILE, Provenance};
 pub use recipe::{Recipe, UnknownRecipe};
 pub use share::{ExpertBytes, Hold, NoSpan, Share, Span, expert_bytes, part_header};

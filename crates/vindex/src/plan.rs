@@ -6,7 +6,7 @@
 use quant::BlockType;
 use serde::Serialize;
 
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{self, Checkpoint};
 use crate::config::Config;
 use crate::config_json::ConfigJson;
 use crate::error::Error;
@@ -25,12 +25,44 @@ use crate::tokenizer;
 /// another shape than the configuration says, or of a kind that we do not extract.
 pub fn plan(source: &dyn Source, recipe: Recipe) -> Result<Plan, Error> {
     let files = Files::list(source)?;
-    let json = ConfigJson::read(&files)?;
-    let family = json.family()?;
-    let mut config = json.numbers(family, &files)?;
     let checkpoint = Checkpoint::of(&files)?;
+    of_checkpoint(source, &files, checkpoint, recipe)
+}
+
+/// What [`plan`] would give, from the configuration, the tokenizer and the names in `model.safetensors.index.json` alone,
+/// where the weights cannot be read: every tensor with the shape that the configuration says. It cannot be extracted.
+///
+/// # Errors
+/// As [`plan`], of what the small files can tell.
+pub fn forecast(source: &dyn Source, recipe: Recipe) -> Result<Forecast, Error> {
+    let files = Files::list(source)?;
+    let (checkpoint, source_bytes) = checkpoint::named(&files)?;
+    Ok(Forecast {
+        plan: of_checkpoint(source, &files, checkpoint, recipe)?,
+        source_bytes,
+    })
+}
+
+/// A plan that nobody can execute.
+#[derive(Clone, Debug)]
+pub struct Forecast {
+    /// What would be planned.
+    pub plan: Plan,
+    /// Bytes of all tensors of the source, where its index tells them.
+    pub source_bytes: Option<u64>,
+}
+
+fn of_checkpoint(
+    source: &dyn Source,
+    files: &Files<'_>,
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+) -> Result<Plan, Error> {
+    let json = ConfigJson::read(files)?;
+    let family = json.family()?;
+    let mut config = json.numbers(family, files)?;
     let placed = placement::place(&checkpoint, &json, family, &config, recipe)?;
-    let tokenizer = tokenizer::read(&files, &json, family, config.vocab)?;
+    let tokenizer = tokenizer::read(files, &json, family, config.vocab)?;
     config.bos = tokenizer.bos.or(config.bos);
     config
         .eos

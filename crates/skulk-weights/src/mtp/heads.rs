@@ -367,7 +367,7 @@ impl Headers<'_> {
             Dtype::F32 if keep_f32 && is_router_bias(name) => return Ok((Codec::Copy, shape)),
             Dtype::F32 => return Ok((Codec::Float(BlockType::F32), shape)),
             Dtype::F16 => return Ok((Codec::Float(BlockType::F16), shape)),
-            Dtype::Other(_) => match tensor.dtype.to_string().as_str() {
+            Dtype::Other(_) | Dtype::Unread => match tensor.dtype.to_string().as_str() {
                 "F8_E4M3" => Narrow::E4M3,
                 "F8_E5M2" => Narrow::E5M2,
                 "F4" | "U8" => Narrow::E2M1,

@@ -35,6 +35,10 @@ const CHUNK_VALUES_MAX: usize = 2 << 20;
 /// Values of all chunks in flight: at most 128 MiB as f32.
 const VALUES_IN_FLIGHT: usize = 32 << 20;
 
+/// Most memory that an extraction takes beside the checkpoint's headers: of each value in flight what was read and what it
+/// is encoded to, four bytes each at most.
+pub const EXTRACTION_MEMORY_BYTES_MAX: u64 = 2 * 4 * VALUES_IN_FLIGHT as u64;
+
 /// Suffix of a part that is being written.
 pub(crate) const PARTIAL: &str = ".partial";
 
