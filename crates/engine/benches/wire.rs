@@ -70,6 +70,7 @@ fn measure(at: &Address) -> [f64; 4] {
         hidden: HIDDEN,
         n_layers: 1,
         n_experts: 1,
+        n_beside: 0,
     };
     let options = ServerOptions {
         model,

@@ -84,21 +84,25 @@ impl Watch {
     }
 
     /// Tells which of `rows`, `(n, n_cols)`, enter which of the `n_experts` matrices of each of `weights`: for each visit
-    /// its expert and its row.
+    /// its expert, of which `first` has the first matrix, and its row. Weights that are stored together are one.
     #[inline]
     pub(crate) fn see_visits(
         &self,
         weights: &[&Weight],
-        n_experts: usize,
+        (first, n_experts): (u32, usize),
         visits: (&[u32], &[u32]),
         rows: &[f32],
     ) {
         if let Some(collector) = &self.0 {
-            for weight in weights {
+            for (i, weight) in weights.iter().enumerate() {
+                if weights[..i].iter().any(|w| w.name() == weight.name()) {
+                    continue;
+                }
                 let n_cols = weight.n_cols;
                 let visits = visits.0.iter().zip(visits.1);
                 let rows = visits.map(|(&expert, &row)| {
-                    (expert as usize, &rows[row as usize * n_cols..][..n_cols])
+                    let row = &rows[row as usize * n_cols..][..n_cols];
+                    ((expert - first) as usize, row)
                 });
                 collector.add(weight, n_experts, rows);
             }

@@ -1,12 +1,16 @@
 //! The seam between attention and feed-forward: one method over a batch of rows.
 //!
-//! A feed-forward layer is a list of experts; a dense layer has one, expert 0. The router stays with attention: whoever
+//! A feed-forward layer is a list of experts; a dense layer has one, expert 0. What every token goes through beside the
+//! experts that are chosen for it (shared experts, a dense branch) is one more expert: its number is the one after the
+//! last that can be chosen, and whoever holds expert 0 holds it too. The router stays with attention: whoever
 //! answers here is told which rows visit which experts, and gives back one row for each visit. Weighting and summing
-//! them is the caller's, in the router's order, so that nothing depends on who holds what.
+//! them is the caller's, in the router's order and then what is beside, so that nothing depends on who holds what.
 //!
 //! Invariant: the row of a visit depends on the input row, the layer and the expert, and on nothing else.
 
 use std::time::Duration;
+
+use vindex::Experts;
 
 /// That a row goes through an expert.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,10 +21,16 @@ pub struct Visit {
     pub expert: u32,
 }
 
+/// The expert beside those that a router chooses from, where there is one.
+pub(crate) fn beside(experts: &Experts) -> Option<u32> {
+    (experts.shared.is_some() || experts.dense_branch).then_some(experts.n)
+}
+
 /// Rows that enter one feed-forward layer.
 #[derive(Clone, Copy, Debug)]
 pub struct Batch<'a> {
-    /// `(n_rows, hidden)`, row-major: the residual stream after the layer's feed-forward norm.
+    /// `(n_rows, hidden)`, row-major: the residual stream after a feed-forward norm of the layer; where a dense branch has
+    /// another norm than the experts, a token has a row for each.
     pub rows: &'a [f32],
     /// Who goes where: sorted by row, the visits of a row in the router's order.
     pub visits: &'a [Visit],

@@ -1,22 +1,25 @@
 //! Feed-forward rows from weights in this process, read where they lie in the mapped files.
 //!
-//! Rows are gathered by expert, so that each expert's weights are read once for all rows of a batch; a dense layer is one
-//! expert, on the same path.
+//! Rows are gathered by expert, so that each expert's weights are read once for all rows of a batch, and the products of
+//! all experts are divided among the threads at once; a dense layer is one expert, on the same path.
 //!
 //! Invariant: the row of a visit depends on the input row, the layer and the expert alone, as the products do. Leaves
 //! out the router, and the weighting of experts.
 
+mod list;
+
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use quant::{Activations, GateActivation};
+use quant::{Activations, BlockType, GateActivation, Matrix};
 use vindex::{Activation, Vindex};
 
 use crate::collector::{Collector, Watch};
 use crate::ffn::{Batch, FeedForward, FfnError, Visit};
-use crate::rows::{add, fill, parts, sized};
+use crate::rows::{Part, add, fill, parts, sized};
 use crate::threads::Pool;
-use crate::weights::{ModelError, Weight, vector};
+use crate::weights::{ModelError, Weight};
+use list::{Layer, List};
 
 /// Feed-forward weights of some layers and experts. May be called from several threads, which take turns.
 #[derive(Debug)]
@@ -36,31 +39,29 @@ pub struct Local {
     scratch: Mutex<Scratch>,
 }
 
-#[derive(Debug)]
-struct Layer {
-    /// `(ffn, hidden)` for each expert.
-    gate: Weight,
-    /// `(ffn, hidden)` for each expert.
-    up: Weight,
-    /// `(hidden, ffn)` for each expert.
-    down: Weight,
-    /// Of gate, up and down.
-    bias: Option<[Vec<f32>; 3]>,
-}
-
 /// Buffers that are kept between calls.
 #[derive(Debug, Default)]
 struct Scratch {
     visits: Visits,
     /// The batch's rows.
     input: Activations,
-    /// `(n_visits, ffn)`: activation(gate) * up.
-    middle: Vec<f32>,
-    /// `(n_visits, ffn)`: up, where a bias is added before they are multiplied.
-    up: Vec<f32>,
-    middle_activations: Activations,
+    /// Of each list of experts.
+    middles: [Middle; LISTS_MAX],
     /// `(n_visits, hidden)`.
     output: Vec<f32>,
+}
+
+/// Lists of a layer.
+const LISTS_MAX: usize = 2;
+
+/// What lies between the matrices of a list; places are those of its own visits.
+#[derive(Debug, Default)]
+struct Middle {
+    /// `(n_places, ffn)`: what the gate makes of up.
+    gated: Vec<f32>,
+    /// `(n_places, ffn)`: up, where a bias is added before it is gated.
+    up: Vec<f32>,
+    activations: Activations,
 }
 
 impl Local {
@@ -76,7 +77,8 @@ impl Local {
         Local::with_ranges(vindex, pool, layers, experts)
     }
 
-    /// The experts `experts` of the layers `layers`; a dense layer has one expert.
+    /// The experts `experts` of the layers `layers`, and with expert 0 what every token goes through beside them; a dense
+    /// layer has expert 0 alone.
     ///
     /// # Errors
     /// [`ModelError`] when the model has them not, or a tensor is missing or has another shape.
@@ -110,10 +112,7 @@ impl Local {
             activation: match config.activation {
                 Activation::Silu => GateActivation::Silu,
                 Activation::GeluTanh => GateActivation::GeluTanh,
-                Activation::SwigluClamped => {
-                    let what = "clamped gates are not computed".to_owned();
-                    return Err(ModelError::Config { what });
-                }
+                Activation::SwigluClamped => GateActivation::SwigluClamped,
             },
             vindex,
             pool,
@@ -164,68 +163,49 @@ impl Local {
 impl FeedForward for Local {
     fn forward(&self, layer: u32, batch: Batch<'_>, out: &mut [f32]) -> Result<(), FfnError> {
         let layer = self.layer(layer, batch, out)?;
+        if batch.visits.is_empty() {
+            return Ok(());
+        }
         // What a panicking call left behind is overwritten like anything else.
         let mut scratch = self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
         let Scratch {
             visits,
             input,
-            middle,
-            up,
-            middle_activations,
+            middles,
             output,
         } = &mut *scratch;
         visits.gather(batch.visits);
-        let (hidden, ffn, n_visits) = (self.hidden, layer.gate.n_rows, batch.visits.len());
+        let hidden = self.hidden;
 
-        let n_experts = self.vindex.index().config.experts.map_or(1, |e| e.n) as usize;
-        self.watch.see_visits(
-            &[&layer.gate, &layer.up],
-            n_experts,
-            (&visits.experts, &visits.rows),
-            batch.rows,
-        );
-        fill(
-            input,
-            batch.rows,
-            hidden,
-            &[layer.gate.block_type, layer.up.block_type],
-            &self.pool,
-        );
-        let middle = sized(middle, n_visits * ffn);
-        match &layer.bias {
-            None => self.multiply_gated(layer, visits, input, middle),
-            Some([gate_bias, up_bias, _]) => {
-                let up = sized(up, n_visits * ffn);
-                self.multiply(&layer.gate, visits, &visits.rows, input, middle);
-                self.multiply(&layer.up, visits, &visits.rows, input, up);
-                self.gate_with_bias((middle, gate_bias), (up, up_bias));
-            }
+        for list in &layer.lists {
+            let entering = visits.of(list, &visits.rows);
+            let stack = (list.first, list.n_stacked);
+            self.watch
+                .see_visits(&[&list.gate, &list.up], stack, entering, batch.rows);
         }
+        let types: [BlockType; 2 * LISTS_MAX] = std::array::from_fn(|i| {
+            let list = &layer.lists[(i / 2).min(layer.lists.len() - 1)];
+            let weight = if i % 2 == 0 { &list.gate } else { &list.up };
+            weight.block_type
+        });
+        fill(input, batch.rows, hidden, &types, &self.pool);
+        self.gate(layer, visits, input, middles);
 
-        self.watch.see_visits(
-            &[&layer.down],
-            n_experts,
-            (&visits.experts, &visits.places),
-            middle,
-        );
-        fill(
-            middle_activations,
-            middle,
-            ffn,
-            &[layer.down.block_type],
-            &self.pool,
-        );
+        for (list, middle) in layer.lists.iter().zip(middles.iter_mut()) {
+            let (ffn, n_places) = (list.gate.n_rows, visits.span(list).len());
+            let gated = &middle.gated[..n_places * ffn];
+            let entering = visits.of(list, &visits.places);
+            let entering = (entering.0, &visits.places[..n_places]);
+            let stack = (list.first, list.n_stacked);
+            self.watch.see_visits(&[&list.down], stack, entering, gated);
+            let types = [list.down.block_type];
+            fill(&mut middle.activations, gated, ffn, &types, &self.pool);
+        }
         if visits.are_in_order {
-            self.multiply(&layer.down, visits, &visits.places, middle_activations, out);
+            self.multiply_down(layer, visits, middles, out);
         } else {
-            let output = sized(output, n_visits * hidden);
-            self.multiply(
-                &layer.down,
-                visits,
-                &visits.places,
-                middle_activations,
-                output,
-            );
+            let output = sized(output, batch.visits.len() * hidden);
+            self.multiply_down(layer, visits, middles, output);
             for (row, &visit) in output.chunks_exact(hidden).zip(&visits.order) {
                 out[visit as usize * hidden..][..hidden].copy_from_slice(row);
             }
@@ -233,8 +213,12 @@ impl FeedForward for Local {
         if self.rests {
             self.pool.rest();
         }
-        if let Some([_, _, bias]) = &layer.bias {
-            out.chunks_exact_mut(hidden).for_each(|row| add(row, bias));
+        if !layer.is_plain() {
+            for (row, visit) in out.chunks_exact_mut(hidden).zip(batch.visits) {
+                if let Some(bias) = layer.down_bias(visit.expert) {
+                    add(row, bias);
+                }
+            }
         }
         Ok(())
     }
@@ -262,120 +246,178 @@ impl Local {
                 visit.row
             ));
         }
-        let Range { start, end } = self.experts;
-        if let Some(visit) = batch
-            .visits
-            .iter()
-            .find(|v| !(start..end).contains(&v.expert))
-        {
-            let expert = visit.expert;
-            return invalid(format!(
-                "expert {expert} is not held here; experts {start}..{end} are"
-            ));
-        }
         let Range { start, end } = self.layers;
         if !(start..end).contains(&layer) {
             return invalid(format!(
                 "layer {layer} is not held here; layers {start}..{end} are"
             ));
         }
-        Ok(&self.weights[(layer - start) as usize])
+        let held = &self.weights[(layer - start) as usize];
+        if let Some(visit) = batch.visits.iter().find(|v| !held.holds(v.expert)) {
+            let (expert, Range { start, end }) = (visit.expert, &self.experts);
+            return invalid(format!(
+                "expert {expert} is not held here; of layer {layer} experts {start}..{end} are"
+            ));
+        }
+        Ok(held)
     }
 
-    /// `out`, `(n_visits, w.n_rows)`: for each place the product of its expert's matrix with the activation row that
-    /// `rows` names.
-    fn multiply(
-        &self,
-        w: &Weight,
-        visits: &Visits,
-        rows: &[u32],
-        x: &Activations,
-        out: &mut [f32],
-    ) {
-        let n_threads = self.pool.n_threads();
-        let tasks = visits
-            .groups(rows, out, w.n_rows)
-            .flat_map(|(expert, rows, out)| {
-                let w = w.expert(&self.vindex, expert);
-                parts(w, out, visits.n_groups, n_threads).map(move |part| (part, rows))
-            });
-        self.pool.for_each(tasks, |(p, rows)| {
-            quant::multiply(&p.w, p.rows, x.pick(rows), p.out)
+    /// Fills what is `gated` in the middle of each list, from `x`, the batch's rows.
+    fn gate(&self, layer: &Layer, visits: &Visits, x: &Activations, middles: &mut [Middle]) {
+        let total: usize = layer.lists.iter().map(|l| l.gate_values(visits)).sum();
+        let tasks = layer.lists.iter().zip(&mut *middles);
+        let tasks = tasks.flat_map(|(list, Middle { gated, up, .. })| {
+            let n = visits.span(list).len() * list.gate.n_rows;
+            let gated = sized(gated, n);
+            let products = |w, out, then| Products {
+                list,
+                w,
+                then,
+                visits: visits.of(list, &visits.rows),
+                x,
+                total,
+                out,
+            };
+            let (first, second) = match list.bias {
+                None => (products(&list.gate, gated, Some(&list.up)), None),
+                Some(_) => (
+                    products(&list.gate, gated, None),
+                    Some(products(&list.up, sized(up, n), None)),
+                ),
+            };
+            let second = second.into_iter().flat_map(|p| self.tasks(p));
+            self.tasks(first).chain(second)
         });
-    }
-
-    /// `out`, `(n_visits, ffn)`: `activation(gate x) * (up x)`.
-    fn multiply_gated(&self, layer: &Layer, visits: &Visits, x: &Activations, out: &mut [f32]) {
-        let n_threads = self.pool.n_threads();
-        let groups = visits.groups(&visits.rows, out, layer.gate.n_rows);
-        let tasks = groups.flat_map(|(expert, rows, out)| {
-            let gate = layer.gate.expert(&self.vindex, expert);
-            let up = layer.up.expert(&self.vindex, expert);
-            parts(gate, out, visits.n_groups, n_threads).map(move |part| (part, up, rows))
-        });
-        self.pool.for_each(tasks, |(p, up, rows)| {
-            quant::multiply_gated(&p.w, &up, p.rows, x.pick(rows), self.activation, p.out);
-        });
-    }
-
-    /// `gate = activation(gate + its bias) * (up + its bias)`, `(n_visits, ffn)` both.
-    fn gate_with_bias(
-        &self,
-        (gate, gate_bias): (&mut [f32], &[f32]),
-        (up, up_bias): (&mut [f32], &[f32]),
-    ) {
-        let ffn = gate_bias.len();
-        let rows = gate.chunks_exact_mut(ffn).zip(up.chunks_exact_mut(ffn));
-        self.pool.for_each(rows, |(gate, up)| {
-            add(gate, gate_bias);
-            add(up, up_bias);
-            match self.activation {
-                GateActivation::Silu => quant::silu_in_place(gate),
-                GateActivation::GeluTanh => quant::gelu_tanh_in_place(gate),
+        self.pool.for_each(tasks, |task| self.run(task));
+        for (list, middle) in layer.lists.iter().zip(middles) {
+            if let Some([gate_bias, up_bias, _]) = &list.bias {
+                let experts = visits.of(list, &visits.rows).0;
+                let ffn = list.gate.n_rows;
+                let rows = experts
+                    .iter()
+                    .zip(middle.gated.chunks_exact_mut(ffn))
+                    .zip(middle.up.chunks_exact_mut(ffn));
+                self.pool.for_each(rows, |((&expert, gate), up)| {
+                    add(gate, list.own(gate_bias, expert));
+                    add(up, list.own(up_bias, expert));
+                    quant::gate_in_place(self.activation, gate, up);
+                });
             }
-            gate.iter_mut().zip(up).for_each(|(gate, up)| *gate *= *up);
+        }
+    }
+
+    /// Fills `out`, `(n_places, hidden)`, from what is gated.
+    fn multiply_down(
+        &self,
+        layer: &Layer,
+        visits: &Visits,
+        middles: &[Middle],
+        mut out: &mut [f32],
+    ) {
+        let total: usize = layer.lists.iter().map(|l| l.down_values(visits)).sum();
+        let tasks = layer.lists.iter().zip(middles);
+        let tasks = tasks.flat_map(|(list, middle)| {
+            let n_places = visits.span(list).len();
+            let own = out.split_off_mut(..n_places * self.hidden);
+            let experts = visits.of(list, &visits.places).0;
+            self.tasks(Products {
+                list,
+                w: &list.down,
+                then: None,
+                visits: (experts, &visits.places[..n_places]),
+                x: &middle.activations,
+                total,
+                out: own.expect("a row for each visit"),
+            })
         });
+        self.pool.for_each(tasks, |task| self.run(task));
+    }
+
+    fn tasks<'a>(&'a self, products: Products<'a>) -> impl Iterator<Item = Task<'a>> {
+        let Products {
+            list,
+            w,
+            then,
+            visits,
+            x,
+            total,
+            out,
+        } = products;
+        let n_threads = self.pool.n_threads();
+        groups(visits, out, w.n_rows).flat_map(move |(expert, rows, out)| {
+            let place = (expert - list.first) as usize;
+            let then = then.map(|up| up.expert(&self.vindex, place));
+            // As many such products as would be what is computed together.
+            let share = total.div_ceil((rows.len() * w.n_rows * w.n_cols).max(1));
+            parts(w.expert(&self.vindex, place), out, share, n_threads).map(move |part| Task {
+                part,
+                then,
+                x,
+                rows,
+            })
+        })
+    }
+
+    fn run(&self, task: Task<'_>) {
+        let (Part { w, rows, out }, x) = (task.part, task.x.pick(task.rows));
+        match &task.then {
+            Some(up) => quant::multiply_gated(&w, up, rows, x, self.activation, out),
+            None => quant::multiply(&w, rows, x, out),
+        }
     }
 }
 
-impl Layer {
-    /// Layer `l`, with the experts `held`.
-    fn open(vindex: &Vindex, l: u32, held: Range<u32>) -> Result<Layer, ModelError> {
-        let config = &vindex.index().config;
-        let hidden = config.hidden;
-        let name = |part: &str| format!("blk.{l}.{part}");
-        let Some(experts) = &config.experts else {
-            let ffn = config.ffn;
-            let weight = |part, n_rows, n_cols| Weight::find(vindex, name(part), n_rows, n_cols);
-            let vector = |part, n| vector(vindex, &name(part), n);
-            return Ok(Layer {
-                gate: weight("ffn_gate.weight", ffn, hidden)?,
-                up: weight("ffn_up.weight", ffn, hidden)?,
-                down: weight("ffn_down.weight", hidden, ffn)?,
-                bias: match config.ffn_bias {
-                    true => Some([
-                        vector("ffn_gate.bias", ffn)?,
-                        vector("ffn_up.bias", ffn)?,
-                        vector("ffn_down.bias", hidden)?,
-                    ]),
-                    false => None,
-                },
-            });
-        };
-        if config.ffn_bias {
-            let what = "experts have biases, which are not computed".to_owned();
-            return Err(ModelError::Config { what });
-        }
-        let stacked = |part, n_rows, n_cols| {
-            Weight::find_stacked(vindex, name(part), held.clone(), n_rows, n_cols)
-        };
-        Ok(Layer {
-            gate: stacked("ffn_gate_exps.weight", experts.ffn, hidden)?,
-            up: stacked("ffn_up_exps.weight", experts.ffn, hidden)?,
-            down: stacked("ffn_down_exps.weight", hidden, experts.ffn)?,
-            bias: None,
-        })
+/// Products of the matrices of a list with the rows that visit it.
+struct Products<'a> {
+    list: &'a List,
+    w: &'a Weight,
+    /// With this the products of `w` are gates of its own.
+    then: Option<&'a Weight>,
+    /// For each place of the list: its expert, and its row of `x`.
+    visits: (&'a [u32], &'a [u32]),
+    x: &'a Activations,
+    /// Weights times rows of everything that is computed together.
+    total: usize,
+    /// `(n_places, w.n_rows)`.
+    out: &'a mut [f32],
+}
+
+/// Some rows of a matrix, for one thread.
+struct Task<'a> {
+    part: Part<'a>,
+    /// The matrix of up, of the same shape, where the products are gates.
+    then: Option<Matrix<'a>>,
+    x: &'a Activations,
+    /// Of `x`.
+    rows: &'a [u32],
+}
+
+impl List {
+    /// Weights times rows of gate and up.
+    fn gate_values(&self, visits: &Visits) -> usize {
+        let n_products = 1 + usize::from(self.bias.is_some());
+        visits.span(self).len() * self.gate.n_rows * self.gate.n_cols * n_products
     }
+
+    /// Weights times rows of down.
+    fn down_values(&self, visits: &Visits) -> usize {
+        visits.span(self).len() * self.down.n_rows * self.down.n_cols
+    }
+}
+
+/// For each expert of `visits`, experts and rows: its number, its rows, and their part of `out`, which is `(n_visits,
+/// width)`.
+fn groups<'a>(
+    (experts, mut rows): (&'a [u32], &'a [u32]),
+    mut out: &'a mut [f32],
+    width: usize,
+) -> impl Iterator<Item = (u32, &'a [u32], &'a mut [f32])> {
+    experts.chunk_by(|a, b| a == b).map(move |group| {
+        let n = group.len();
+        let rows = rows.split_off(..n).expect("a row for each visit");
+        let out = out.split_off_mut(..n * width);
+        (group[0], rows, out.expect("a row for each visit"))
+    })
 }
 
 /// The visits of a batch in the order of their experts, and those of an expert in the order of the batch.
@@ -389,8 +431,6 @@ struct Visits {
     rows: Vec<u32>,
     /// 0, 1, 2, …
     places: Vec<u32>,
-    /// Different experts.
-    n_groups: usize,
     /// Whether the batch has this order already.
     are_in_order: bool,
 }
@@ -410,24 +450,18 @@ impl Visits {
         self.rows.clear();
         self.rows
             .extend(self.order.iter().map(|&i| visits[i as usize].row));
-        self.n_groups = self.experts.chunk_by(|a, b| a == b).count();
     }
 
-    /// For each expert that is visited: its number, what `rows` has for its places, and their part of `out`, which is
-    /// `(n_visits, width)`.
-    fn groups<'a>(
-        &'a self,
-        mut rows: &'a [u32],
-        mut out: &'a mut [f32],
-        width: usize,
-    ) -> impl Iterator<Item = (usize, &'a [u32], &'a mut [f32])> {
-        self.experts.chunk_by(|a, b| a == b).map(move |group| {
-            let n = group.len();
-            let rows = rows.split_off(..n).expect("a place for each visit");
-            let out = out
-                .split_off_mut(..n * width)
-                .expect("a row for each visit");
-            (group[0] as usize, rows, out)
-        })
+    /// The places of a list's visits: they lie together, because its numbers do.
+    fn span(&self, list: &List) -> Range<usize> {
+        let Range { start, end } = list.numbers;
+        let before = |number| self.experts.partition_point(|&expert| expert < number);
+        before(start)..before(end)
+    }
+
+    /// The experts of a list's visits, and what `rows` has for their places.
+    fn of<'a>(&'a self, list: &List, rows: &'a [u32]) -> (&'a [u32], &'a [u32]) {
+        let span = self.span(list);
+        (&self.experts[span.clone()], &rows[span])
     }
 }

@@ -60,6 +60,8 @@ pub(crate) struct Weight {
     name: String,
     /// How rows are stored.
     pub(crate) block_type: BlockType,
+    /// Where the matrix begins among the rows that are stored together.
+    first_row: usize,
     /// Rows of one matrix.
     pub(crate) n_rows: usize,
     /// Values in a row.
@@ -91,6 +93,24 @@ impl Weight {
         Weight::with_shape(vindex, name, held.start, &[n_cols.into(), n_rows.into()])
     }
 
+    /// Finds the two halves of each of the matrices `(n_experts, 2 * n_rows, n_cols)` called `name`.
+    pub(crate) fn find_stacked_pair(
+        vindex: &Vindex,
+        name: String,
+        held: Range<u32>,
+        n_rows: u32,
+        n_cols: u32,
+    ) -> Result<[Weight; 2], ModelError> {
+        let both = Weight::find_stacked(vindex, name, held, n_rows.saturating_mul(2), n_cols)?;
+        let n_rows = n_rows as usize;
+        let half = |first_row| Weight {
+            first_row,
+            n_rows,
+            ..both.clone()
+        };
+        Ok([half(0), half(n_rows)])
+    }
+
     /// `ne`: of one matrix.
     fn with_shape(
         vindex: &Vindex,
@@ -110,6 +130,7 @@ impl Weight {
         Ok(Weight {
             name,
             block_type: view.block_type,
+            first_row: 0,
             // They fit: the tensor is in memory.
             n_rows: ne[1] as usize,
             n_cols: ne[0] as usize,
@@ -130,7 +151,7 @@ impl Weight {
             block_type: self.block_type,
             n_rows: self.n_rows,
             n_cols: self.n_cols,
-            bytes: view.bytes,
+            bytes: &view.bytes[self.first_row * self.row_bytes()..][..self.bytes()],
         }
     }
 
@@ -141,8 +162,12 @@ impl Weight {
 
     /// Bytes of one matrix.
     pub(crate) fn bytes(&self) -> usize {
+        self.n_rows * self.row_bytes()
+    }
+
+    fn row_bytes(&self) -> usize {
         let row_bytes = self.block_type.row_bytes(self.n_cols);
-        self.n_rows * row_bytes.expect("a stored row is whole blocks")
+        row_bytes.expect("a stored row is whole blocks")
     }
 }
 
@@ -158,6 +183,29 @@ pub(crate) fn vector(vindex: &Vindex, name: &str, n: u32) -> Result<Vec<f32>, Mo
     }
     let mut values = vec![0.0; n as usize];
     quant::decode(view.block_type, view.bytes, &mut values);
+    Ok(values)
+}
+
+/// The vectors of the experts `held`, one after the other, from those called `name`.
+pub(crate) fn stacked_vectors(
+    vindex: &Vindex,
+    name: &str,
+    held: Range<u32>,
+    n: u32,
+) -> Result<Vec<f32>, ModelError> {
+    let mut values = vec![0.0; held.len() * n as usize];
+    for (expert, values) in held.zip(values.chunks_exact_mut(n.max(1) as usize)) {
+        let view = vindex.expert(name, expert);
+        let view = view.ok_or_else(|| missing(vindex, name))?;
+        if view.ne != [u64::from(n)] {
+            return Err(ModelError::Shape {
+                tensor: name.to_owned(),
+                expected: vec![n.into()],
+                got: view.ne.to_vec(),
+            });
+        }
+        quant::decode(view.block_type, view.bytes, values);
+    }
     Ok(values)
 }
 

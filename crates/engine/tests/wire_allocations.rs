@@ -53,6 +53,7 @@ fn a_decoding_step_over_the_wire_allocates_nothing() {
         hidden: HIDDEN as u32,
         n_layers: 4,
         n_experts: 8,
+        n_beside: 0,
     };
     let options = ServerOptions {
         model,

@@ -348,6 +348,7 @@ mod tests {
             hidden: 1,
             n_layers: 1,
             n_experts: 1,
+            n_beside: 0,
         };
         let options = ServerOptions {
             model,

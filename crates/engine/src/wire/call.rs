@@ -178,9 +178,10 @@ impl<'a> Call<'a> {
             max_rows = max_visits.min(PIECE_ROWS.max(PIECE_BYTES / row_bytes));
         }
         let visits = self.batch.visits;
+        let model = &self.peers.options.model;
         let orphan = pool
             .iter()
-            .map(|visit| visits[*visit as usize].expert)
+            .map(|visit| model.holder(visits[*visit as usize].expert))
             .find(|expert| owners[*expert as usize] == NOBODY);
 
         // Pieces: of one owner each, as many rows and visits as a frame takes.
@@ -190,6 +191,7 @@ impl<'a> Call<'a> {
             let mut row_before = NOBODY;
             for &visit in pool.iter() {
                 let Visit { row, expert } = visits[visit as usize];
+                let expert = model.holder(expert);
                 if owners[expert as usize] != owner {
                     continue;
                 }
@@ -208,7 +210,9 @@ impl<'a> Call<'a> {
                 queue.push_back(piece);
             }
         }
-        pool.retain(|visit| owners[visits[*visit as usize].expert as usize] == NOBODY);
+        pool.retain(|visit| {
+            owners[model.holder(visits[*visit as usize].expert) as usize] == NOBODY
+        });
 
         // Legs: one for each owner, and for each replica while there are pieces for it too.
         let mut n_spare = queue.len() - first_piece;
@@ -530,7 +534,8 @@ impl<'a> Call<'a> {
                 .memory
                 .pool
                 .first()
-                .map(|visit| self.batch.visits[*visit as usize].expert);
+                .map(|visit| self.batch.visits[*visit as usize].expert)
+                .map(|expert| self.peers.options.model.holder(expert));
             if let (None, Some(expert)) = (silent, orphan) {
                 self.wait_or_give_up(expert)?;
             }

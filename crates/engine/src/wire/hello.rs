@@ -3,7 +3,7 @@
 //! ```text
 //! node -> server  Hello      nonce 32
 //! server -> node  Challenge  nonce 32
-//! node -> server  Proof      vindex id 32 | hidden 4 | layers 4 | experts 4 | zero 4 | proof 32
+//! node -> server  Proof      vindex id 32 | hidden 4 | layers 4 | experts 4 | beside 4 | proof 32
 //! server -> node  Welcome    layers from, to | experts from, to | max rows | max in flight | zero 8 | proof 32
 //! ```
 //!
@@ -29,6 +29,7 @@ use super::inlet::Inlet;
 use super::refusal::Refusal;
 use super::secret::Secret;
 use super::socket::Socket;
+use crate::ffn::beside;
 
 /// The model that both ends must hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,8 +40,11 @@ pub struct Identity {
     pub hidden: u32,
     /// Layers.
     pub n_layers: u32,
-    /// Experts of the layers that have most; 1 when all are dense.
+    /// Experts of the layers that have most, of those that a router chooses from; 1 when all are dense.
     pub n_experts: u32,
+    /// Experts that every token visits beside them, 0 or 1. Its number is the one after the last, and whoever holds expert 0
+    /// holds it.
+    pub n_beside: u32,
 }
 
 impl Identity {
@@ -55,7 +59,18 @@ impl Identity {
             hidden: config.hidden,
             n_layers: config.n_layers,
             n_experts: config.experts.map_or(1, |experts| experts.n),
+            n_beside: config.experts.as_ref().and_then(beside).map_or(0, |_| 1),
         }
+    }
+
+    /// Whether the model has an expert of this number.
+    pub(super) fn has(&self, expert: u32) -> bool {
+        expert < self.n_experts || (expert == self.n_experts && self.n_beside > 0)
+    }
+
+    /// The expert whose holders hold `expert`, which the model has: one of the ranges that servers tell.
+    pub(super) fn holder(&self, expert: u32) -> u32 {
+        if expert < self.n_experts { expert } else { 0 }
     }
 }
 
@@ -133,6 +148,7 @@ pub(super) fn greet(
     proof[32..36].copy_from_slice(&model.hidden.to_le_bytes());
     proof[36..40].copy_from_slice(&model.n_layers.to_le_bytes());
     proof[40..44].copy_from_slice(&model.n_experts.to_le_bytes());
+    proof[44..48].copy_from_slice(&model.n_beside.to_le_bytes());
     let mac = keyed(&key, &[b"node", &proof[..PROVED_BYTES]])
         .finalize()
         .into_bytes();
@@ -222,12 +238,18 @@ pub(super) fn receive(
         return Err(HelloError::Model(text));
     }
     let (ours, theirs) = (
-        [model.hidden, model.n_layers, model.n_experts, 0],
+        [
+            model.hidden,
+            model.n_layers,
+            model.n_experts,
+            model.n_beside,
+        ],
         [n(32), n(36), n(40), n(44)],
     );
     if ours != theirs {
-        let text =
-            format!("hidden, layers and experts are {ours:?} here and {theirs:?} at the node");
+        let text = format!(
+            "hidden, layers, experts and those beside are {ours:?} here and {theirs:?} at the node"
+        );
         refuse(socket, Refusal::Model, &text);
         return Err(HelloError::Model(text));
     }

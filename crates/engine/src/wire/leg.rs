@@ -22,6 +22,7 @@ pub(super) struct Piece {
     pub(super) visits: Range<usize>,
     /// Different rows among them.
     pub(super) n_rows: usize,
+    /// Whoever is asked must hold these; what is beside the experts counts as expert 0.
     pub(super) experts: Range<u32>,
 }
 
@@ -53,7 +54,7 @@ impl Piece {
         }
     }
 
-    /// One more visit, of `expert`.
+    /// One more visit, of `expert` or of what its holders hold too.
     pub(super) fn add(&mut self, expert: u32) {
         self.experts = if self.visits.is_empty() {
             expert..expert + 1

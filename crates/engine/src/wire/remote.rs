@@ -436,11 +436,10 @@ fn check(model: &Identity, layer: u32, batch: &Batch<'_>, n_out: usize) -> Resul
     }
     let mut row_before = 0;
     for visit in batch.visits {
-        if visit.row < row_before || visit.row as usize >= n_rows || visit.expert >= model.n_experts
-        {
+        if visit.row < row_before || visit.row as usize >= n_rows || !model.has(visit.expert) {
             return invalid(format!(
-                "{visit:?} after row {row_before}, with {n_rows} rows and {} experts",
-                model.n_experts
+                "{visit:?} after row {row_before}, with {n_rows} rows, {} experts and {} beside",
+                model.n_experts, model.n_beside
             ));
         }
         row_before = visit.row;

@@ -37,7 +37,7 @@ pub struct ServerOptions {
     pub model: Identity,
     /// Layers it answers for.
     pub layers: Range<u32>,
-    /// Experts it answers for, in each of these layers.
+    /// Experts it answers for, in each of these layers; with expert 0 for what is beside the experts, too.
     pub experts: Range<u32>,
     /// What nodes must know. Without one, listen only where [`super::Address::is_local`].
     pub secret: Secret,
@@ -512,11 +512,9 @@ impl Shared {
                 ));
             }
             row_before = visit.row;
-            if !self.options.experts.contains(&visit.expert) {
-                let text = format!(
-                    "expert {} is not one of {:?}",
-                    visit.expert, self.options.experts
-                );
+            let held = &self.options.experts;
+            if !model.has(visit.expert) || !held.contains(&model.holder(visit.expert)) {
+                let text = format!("expert {} is not one of {held:?}", visit.expert);
                 return refuse(Refusal::NotHere, &text);
             }
         }

@@ -7,7 +7,10 @@ use std::thread;
 use engine::wire::{Address, Identity, Remote, RemoteOptions, RowType};
 use engine::{FeedForward, FfnError, Visit};
 
-use crate::oracle::{Oracle, Running, ask, bits, connect, model, rows, tcp, unix, visits};
+use crate::oracle::{
+    Oracle, Running, ask, bits, connect, model, model_with_one_beside, rows, tcp, unix, visits,
+    visits_of,
+};
 
 /// Rows of a prompt's batch.
 const PREFILL: usize = 300;
@@ -19,11 +22,22 @@ pub(crate) fn conforms(
     model: Identity,
     n_used: u32,
 ) {
+    conforms_with_dense(ffn, oracle, model, n_used, 0);
+}
+
+/// The same for a model whose first layers are dense.
+pub(crate) fn conforms_with_dense(
+    ffn: &dyn FeedForward,
+    oracle: &dyn FeedForward,
+    model: Identity,
+    n_used: u32,
+    n_dense: u32,
+) {
     let hidden = model.hidden;
     for layer in 0..model.n_layers {
         for n_rows in (1..=16).chain([PREFILL]) {
             let rows = rows(n_rows, hidden, u64::from(layer) << 32 | n_rows as u64);
-            let visits = visits(n_rows, n_used, model.n_experts);
+            let visits = visits_of(&model, layer < n_dense, n_rows, n_used);
             let got = ask(ffn, layer, &rows, &visits, hidden).expect("an answer");
             let wanted = ask(oracle, layer, &rows, &visits, hidden).expect("an answer");
             assert!(bits(&got) == bits(&wanted), "layer {layer}, {n_rows} rows");
@@ -40,13 +54,14 @@ pub(crate) fn conforms(
     }
     // Some rows go nowhere, some visit one expert only, some rows are asked for twice.
     let rows = rows(5, hidden, 9);
-    let last = model.n_experts - 1;
+    let last = model.n_experts + model.n_beside - 1;
+    let layer = n_dense;
     let uneven: Vec<Visit> = [(1, 0), (1, last), (3, last), (3, last), (4, 0)]
         .map(|(row, expert)| Visit { row, expert })
         .into();
-    let wanted = ask(oracle, 0, &rows, &uneven, hidden).expect("an answer");
+    let wanted = ask(oracle, layer, &rows, &uneven, hidden).expect("an answer");
     assert_eq!(
-        bits(&ask(ffn, 0, &rows, &uneven, hidden).expect("an answer")),
+        bits(&ask(ffn, layer, &rows, &uneven, hidden).expect("an answer")),
         bits(&wanted)
     );
     assert_eq!(
@@ -77,7 +92,7 @@ pub(crate) fn refuses(ffn: &dyn FeedForward, model: Identity) {
             &rows,
             Visit {
                 row: 0,
-                expert: model.n_experts,
+                expert: model.n_experts + model.n_beside,
             },
             hidden,
         ),
@@ -163,6 +178,20 @@ fn four_servers_by_experts_and_by_layers() {
         2,
         &[(0..2, 0..4), (0..2, 4..8), (2..4, 0..4), (2..4, 4..8)],
     );
+}
+
+#[test]
+fn what_is_beside_the_experts_lives_with_the_first() {
+    let model = model_with_one_beside(64, 2, 8);
+    everywhere(model, 3, &[(0..2, 0..8)]);
+    everywhere(model, 3, &[(0..2, 0..5), (0..2, 5..8)]);
+    everywhere(model, 3, &[(0..2, 1..8), (0..2, 0..1)]);
+    everywhere(
+        model,
+        3,
+        &[(0..2, 0..6), (0..2, 2..8), (0..1, 0..8), (1..2, 0..3)],
+    );
+    everywhere(model_with_one_beside(64, 1, 1), 1, &[(0..1, 0..1)]);
 }
 
 #[test]

@@ -51,8 +51,10 @@ impl FeedForward for Oracle {
             thread::sleep(self.pause);
         }
         for (visit, out) in batch.visits.iter().zip(out.chunks_exact_mut(hidden)) {
+            let is_beside = visit.expert == self.model.n_experts && self.model.n_beside > 0;
+            let held_with = if is_beside { 0 } else { visit.expert };
             assert!(
-                self.experts.contains(&visit.expert),
+                self.experts.contains(&held_with),
                 "{visit:?} was asked of {:?}",
                 self.experts
             );
@@ -72,6 +74,7 @@ pub(crate) fn model(hidden: u32, n_layers: u32, n_experts: u32) -> Identity {
         hidden,
         n_layers,
         n_experts,
+        n_beside: 0,
     }
 }
 
@@ -161,6 +164,39 @@ pub(crate) fn rows(n_rows: usize, hidden: u32, seed: u64) -> Vec<f32> {
             state ^= state >> 7;
             state ^= state << 17;
             (state >> 40) as f32 / (1 << 22) as f32 - 2.0
+        })
+        .collect()
+}
+
+/// A model in which every token visits one more expert, beside those that are chosen for it.
+pub(crate) fn model_with_one_beside(hidden: u32, n_layers: u32, n_experts: u32) -> Identity {
+    Identity {
+        n_beside: 1,
+        ..model(hidden, n_layers, n_experts)
+    }
+}
+
+/// Each row visits `n_used` experts, as a router might choose them, and then what is beside them; in dense layers it visits
+/// expert 0.
+pub(crate) fn visits_of(
+    model: &Identity,
+    is_dense: bool,
+    n_rows: usize,
+    n_used: u32,
+) -> Vec<Visit> {
+    if is_dense {
+        return visits(n_rows, 1, 1);
+    }
+    let chosen = visits(n_rows, n_used, model.n_experts);
+    let beside = |row| Visit {
+        row,
+        expert: model.n_experts,
+    };
+    chosen
+        .chunks(n_used as usize)
+        .flat_map(|chosen| {
+            let beside = (0..model.n_beside).map(|_| beside(chosen[0].row));
+            chosen.iter().copied().chain(beside)
         })
         .collect()
 }

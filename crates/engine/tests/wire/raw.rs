@@ -140,7 +140,12 @@ impl Node {
         assert_eq!((challenge.kind, challenge.payload.len()), (CHALLENGE, 32));
         let key = mac(secret, &[b"skulk wire 1", &nonce, &challenge.payload]);
         let mut proof = model.id.as_bytes().to_vec();
-        for number in [model.hidden, model.n_layers, model.n_experts, 0] {
+        for number in [
+            model.hidden,
+            model.n_layers,
+            model.n_experts,
+            model.n_beside,
+        ] {
             proof.extend(number.to_le_bytes());
         }
         proof.extend(mac(&key, &[b"node", &proof]));

@@ -10,7 +10,7 @@ use engine::{FeedForward, Forward, KvCache, KvType, Local, Model, Pool, Wanted, 
 use tempfile::TempDir;
 use vindex::{ExtractOptions, LocalDir, Recipe, Vindex, extract, plan};
 
-use crate::conformance::{conforms, refuses};
+use crate::conformance::{conforms_with_dense, refuses};
 use crate::oracle::{Running, bits, connect, tcp, unix};
 
 const FAMILIES: [&str; 9] = [
@@ -126,18 +126,21 @@ fn every_way(recipe: fn() -> Recipe, with: impl Fn(&str, &Arc<Vindex>, &Arc<Loca
     }
 }
 
+/// Experts that a token visits, and how many first layers have none.
+fn routing(vindex: &Vindex) -> (u32, u32) {
+    let experts = vindex.index().config.experts;
+    experts.map_or((1, 0), |e| (e.n_used, e.n_leading_dense))
+}
+
 #[test]
 fn weights_in_this_process_pass_the_same_suite() {
     for family in FAMILIES {
         let (vindex, _dir) = extracted(family, Recipe::Q4k);
         let local =
             || Local::new(Arc::clone(&vindex), Arc::new(Pool::new(2))).expect("the weights");
-        let n_used = vindex
-            .index()
-            .config
-            .experts
-            .map_or(1, |experts| experts.n_used);
-        conforms(&local(), &local(), Identity::of(&vindex), n_used);
+        let (n_used, n_dense) = routing(&vindex);
+        let identity = Identity::of(&vindex);
+        conforms_with_dense(&local(), &local(), identity, n_used, n_dense);
         refuses(&local(), Identity::of(&vindex));
     }
 }
@@ -154,12 +157,9 @@ fn rows_of_q4k_weights() {
 
 fn rows_of(recipe: fn() -> Recipe) {
     every_way(recipe, |_, vindex, local, remote| {
-        let n_used = vindex
-            .index()
-            .config
-            .experts
-            .map_or(1, |experts| experts.n_used);
-        conforms(&*remote, &**local, Identity::of(vindex), n_used);
+        let (n_used, n_dense) = routing(vindex);
+        let identity = Identity::of(vindex);
+        conforms_with_dense(&*remote, &**local, identity, n_used, n_dense);
         refuses(&*remote, Identity::of(vindex));
     });
 }
