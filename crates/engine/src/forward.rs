@@ -200,6 +200,11 @@ impl Forward {
         let reserved = works
             .iter_mut()
             .try_for_each(|w| w.sequence.reserve(w.tokens.len()));
+        if reserved.is_ok() {
+            for work in works.iter_mut() {
+                work.sequence.reserve_saved(work.tokens.len());
+            }
+        }
         let done = reserved
             .map_err(StepError::from)
             .and_then(|()| Ok(self.pass(works)?));

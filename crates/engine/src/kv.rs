@@ -13,6 +13,8 @@
 //! so that a head's keys of a page are one matrix for `quant`. Layers have heads of their own numbers and widths, and
 //! those that use another layer's keys, or have no attention, have no part of a page.
 //!
+//! Layers with a recurrent state remember in `state.rs`; what that takes is counted in pages too.
+//!
 //! Invariant: the pages of all sequences together never take more than the cache's ceiling; a sequence that would go
 //! beyond gets [`OutOfPages`] and stays as it was. Left out: whose turn it is then, which is the scheduler's.
 
@@ -22,6 +24,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use quant::{BlockType, Matrix};
 use vindex::{Config, Heads};
+
+use crate::state::{Memory, StateShape, States};
 
 /// Positions in a page.
 pub const PAGE: usize = 64;
@@ -98,6 +102,8 @@ struct Shape {
     /// One a layer: what it remembers, and where that begins in a page.
     layers: Vec<Option<(Kept, usize)>>,
     page_bytes: usize,
+    /// Of layers that remember by a state.
+    states: Option<StateShape>,
 }
 
 /// What a layer remembers of a position.
@@ -142,10 +148,15 @@ impl Kept {
 
 impl Shape {
     fn of(config: &Config, kv_type: KvType) -> Shape {
-        Shape::new(kv_type, (0..config.n_layers).map(|l| Kept::of(config, l)))
+        let layers = (0..config.n_layers).map(|l| Kept::of(config, l));
+        Shape::new(kv_type, layers, StateShape::of(config))
     }
 
-    fn new(kv_type: KvType, layers: impl Iterator<Item = Option<Kept>>) -> Shape {
+    fn new(
+        kv_type: KvType,
+        layers: impl Iterator<Item = Option<Kept>>,
+        states: Option<StateShape>,
+    ) -> Shape {
         let mut page_bytes = 0;
         let layers = layers.map(|kept| {
             let kept = kept?;
@@ -153,17 +164,35 @@ impl Shape {
             page_bytes += kept.bytes(kv_type);
             Some((kept, start))
         });
+        let layers = layers.collect();
         Shape {
             kv_type,
-            layers: layers.collect(),
-            page_bytes,
+            layers,
+            // Where nothing is remembered by position, pages are what states are counted in.
+            page_bytes: if page_bytes == 0 { 1 << 12 } else { page_bytes },
+            states,
         }
+    }
+
+    /// Pages that a state takes, and a log.
+    fn state_pages(&self) -> (usize, usize) {
+        let pages = |bytes: usize| bytes.div_ceil(self.page_bytes);
+        self.states.as_ref().map_or((0, 0), |states| {
+            (pages(states.state_bytes()), pages(states.log_bytes()))
+        })
+    }
+
+    /// Pages that a sequence takes however many tokens it has: its state, the one that a step writes, and the log.
+    fn fixed_pages(&self) -> usize {
+        let (state, log) = self.state_pages();
+        2 * state + log
     }
 
     /// Whether it is that of a model with these numbers.
     fn is_of(&self, config: &Config) -> bool {
         let own = self.layers.iter().map(|layer| layer.map(|(kept, _)| kept));
         own.eq((0..config.n_layers).map(|l| Kept::of(config, l)))
+            && self.states.as_ref().map(|states| &states.net) == config.delta_net.as_ref()
     }
 
     fn layer(&self, layer: usize) -> (Kept, usize) {
@@ -189,25 +218,44 @@ impl KvCache {
             heads,
             values_are_keys: false,
         };
-        let shape = Shape::new(kv_type, (0..n_layers).map(|_| Some(kept)));
+        let shape = Shape::new(kv_type, (0..n_layers).map(|_| Some(kept)), None);
         KvCache::of_shape(shape, ceiling_bytes)
     }
 
     fn of_shape(shape: Shape, ceiling_bytes: u64) -> KvCache {
-        let n_pages = ceiling_bytes / shape.page_bytes.max(1) as u64;
+        let n_pages = ceiling_bytes / shape.page_bytes as u64;
+        let n_pages_min = 1 + shape.fixed_pages();
         KvCache {
             shared: Arc::new(Shared {
                 shape,
-                n_pages: usize::try_from(n_pages).unwrap_or(usize::MAX).max(1),
+                n_pages: usize::try_from(n_pages)
+                    .unwrap_or(usize::MAX)
+                    .max(n_pages_min),
                 n_used: AtomicUsize::new(0),
             }),
         }
     }
 
-    /// Bytes of the pages that `n_tokens` of one sequence take.
+    /// Bytes that `n_tokens` of one sequence take: their pages, and what layers with a state take for it in any case.
     pub fn bytes_for(config: &Config, kv_type: KvType, n_tokens: usize) -> u64 {
-        (n_tokens.div_ceil(PAGE) as u64)
-            .saturating_mul(Shape::of(config, kv_type).page_bytes as u64)
+        let shape = Shape::of(config, kv_type);
+        let n_pages = n_tokens.div_ceil(PAGE) + shape.fixed_pages();
+        (n_pages as u64).saturating_mul(shape.page_bytes as u64)
+    }
+
+    /// Bytes of a page of a cache for the model with these numbers.
+    pub fn page_bytes_for(config: &Config, kv_type: KvType) -> usize {
+        Shape::of(config, kv_type).page_bytes
+    }
+
+    /// Pages that a sequence takes however many tokens it has: for states, where layers have some.
+    pub fn n_pages_fixed(&self) -> usize {
+        self.shared.shape.fixed_pages()
+    }
+
+    /// Tokens of one sequence that fit when there is no other.
+    pub fn n_tokens_max(&self) -> usize {
+        (self.n_pages() - self.n_pages_fixed()).saturating_mul(PAGE)
     }
 
     /// How the cache stores.
@@ -236,6 +284,7 @@ impl KvCache {
         Sequence {
             cache: self.clone(),
             pages: Vec::new(),
+            states: States::new(),
             len: 0,
         }
     }
@@ -261,7 +310,15 @@ impl KvCache {
         Page {
             // The system gives such memory without touching it.
             bytes: vec![0; self.shared.shape.page_bytes],
+            _taken: self.taken(1),
+        }
+    }
+
+    /// That `n_pages` are in use, which were taken before.
+    fn taken(&self, n_pages: usize) -> Taken {
+        Taken {
             shared: Arc::clone(&self.shared),
+            n_pages,
         }
     }
 }
@@ -269,12 +326,21 @@ impl KvCache {
 #[derive(Debug)]
 struct Page {
     bytes: Vec<u8>,
-    shared: Arc<Shared>,
+    _taken: Taken,
 }
 
-impl Drop for Page {
+/// That so many pages are in use.
+#[derive(Debug)]
+pub(crate) struct Taken {
+    shared: Arc<Shared>,
+    n_pages: usize,
+}
+
+impl Drop for Taken {
     fn drop(&mut self) {
-        self.shared.n_used.fetch_sub(1, Ordering::Relaxed);
+        self.shared
+            .n_used
+            .fetch_sub(self.n_pages, Ordering::Relaxed);
     }
 }
 
@@ -284,6 +350,7 @@ pub struct Sequence {
     cache: KvCache,
     /// `len` positions lie in the first pages; there may be reserved ones after them.
     pages: Vec<Arc<Page>>,
+    states: States,
     len: usize,
 }
 
@@ -315,6 +382,10 @@ impl Sequence {
 
     /// Pages that must be free before `n_tokens` more can be taken in.
     pub fn n_pages_needed(&self, n_tokens: usize) -> usize {
+        self.pages_needed(n_tokens) + self.state_pages_needed(n_tokens)
+    }
+
+    fn pages_needed(&self, n_tokens: usize) -> usize {
         if n_tokens == 0 {
             return 0;
         }
@@ -325,27 +396,59 @@ impl Sequence {
                 .saturating_sub(self.pages.len())
     }
 
-    /// A sequence with the same first `len` tokens, which shares the pages.
+    fn state_pages_needed(&self, n_tokens: usize) -> usize {
+        let shape = &self.cache.shared.shape;
+        if n_tokens == 0 || shape.states.is_none() {
+            return 0;
+        }
+        let (n_states, n_logs) = self.states.needed(self.len, n_tokens);
+        let (state_pages, log_pages) = shape.state_pages();
+        n_states * state_pages + n_logs * log_pages
+    }
+
+    /// The greatest number of tokens up to `len` with which a fork or a truncation of this sequence can go on: `len`
+    /// itself where all layers have attention. A state can go back no further than to what was certain before the last
+    /// step, or to a copy that was saved at the end of a page.
+    ///
+    /// # Panics
+    /// When there are fewer tokens.
+    pub fn reusable(&self, len: usize) -> usize {
+        assert!(len <= self.len, "{len} of {} tokens", self.len);
+        match self.cache.shared.shape.states {
+            None => len,
+            Some(_) => self.states.reusable(len),
+        }
+    }
+
+    /// A sequence with the same first [`Sequence::reusable`] tokens of `len`, which shares the pages.
     ///
     /// # Panics
     /// When there are fewer tokens.
     pub fn fork(&self, len: usize) -> Sequence {
-        assert!(len <= self.len, "{len} of {} tokens", self.len);
+        let len = self.reusable(len);
         Sequence {
             cache: self.cache.clone(),
             pages: self.pages[..len.div_ceil(PAGE)].to_vec(),
+            states: self.states.fork(len),
             len,
         }
     }
 
-    /// Forgets all but the first `len` tokens, and gives back the pages that are not needed then.
+    /// Forgets all but the first [`Sequence::reusable`] tokens of `len`, and gives back the pages that are not needed
+    /// then.
     ///
     /// # Panics
     /// When there are fewer tokens.
     pub fn truncate(&mut self, len: usize) {
-        assert!(len <= self.len, "{len} of {} tokens", self.len);
-        self.len = len;
-        self.pages.truncate(len.div_ceil(PAGE));
+        self.len = self.reusable(len);
+        self.states.truncate(self.len);
+        self.pages.truncate(self.len.div_ceil(PAGE));
+    }
+
+    /// Gives up what only helps others, or this sequence when it is truncated: the copies of states. False when there is
+    /// none.
+    pub(crate) fn forget_saved(&mut self) -> bool {
+        self.states.forget_saved()
     }
 
     /// Makes room for `n_tokens` more; they are not remembered before [`Sequence::advance`].
@@ -353,32 +456,62 @@ impl Sequence {
     /// # Errors
     /// [`OutOfPages`]; the sequence is as it was.
     pub(crate) fn reserve(&mut self, n_tokens: usize) -> Result<(), OutOfPages> {
-        let n_needed = self.n_pages_needed(n_tokens);
-        if n_needed == 0 {
-            return Ok(());
+        let n_pages = self.pages_needed(n_tokens);
+        let n_needed = n_pages + self.state_pages_needed(n_tokens);
+        if n_needed > 0 {
+            self.cache.take(n_needed)?;
         }
-        self.cache.take(n_needed)?;
-        let shared: Vec<usize> = self.shared_tail(n_tokens).collect();
+        let shared: Vec<usize> = match n_pages {
+            0 => Vec::new(),
+            _ => self.shared_tail(n_tokens).collect(),
+        };
         for &i in &shared {
             let mut copy = self.cache.page();
             copy.bytes.copy_from_slice(&self.pages[i].bytes);
             self.pages[i] = Arc::new(copy);
         }
-        for _ in shared.len()..n_needed {
+        for _ in shared.len()..n_pages {
             self.pages.push(Arc::new(self.cache.page()));
         }
+        let cache = &self.cache;
+        if let Some(shape) = &cache.shared.shape.states {
+            let (state, log) = cache.shared.shape.state_pages();
+            let step = (self.len, n_tokens);
+            let (state, log) = (|| cache.taken(state), || cache.taken(log));
+            self.states.reserve(shape, step, state, log);
+        }
         Ok(())
+    }
+
+    /// Makes room for a copy of the state that a step of `n_tokens`, which were reserved, passes at the end of a page,
+    /// if there is any.
+    pub(crate) fn reserve_saved(&mut self, n_tokens: usize) {
+        let cache = &self.cache;
+        if let Some(shape) = &cache.shared.shape.states {
+            let (state, _) = cache.shared.shape.state_pages();
+            let take = || cache.take(state).is_ok().then(|| cache.taken(state));
+            self.states.reserve_saved(shape, (self.len, n_tokens), take);
+        }
     }
 
     /// The reserved tokens are written in all layers.
     pub(crate) fn advance(&mut self, n_tokens: usize) {
         self.len += n_tokens;
+        self.states.advance();
         debug_assert!(self.len <= self.pages.len() * PAGE);
     }
 
     /// Gives back what was reserved.
     pub(crate) fn unreserve(&mut self) {
+        self.states.unreserve();
         self.pages.truncate(self.len.div_ceil(PAGE));
+    }
+
+    /// What a layer with a state remembers, for the step that was reserved.
+    pub(crate) fn memory(&mut self, layer: usize) -> Memory<'_> {
+        let shape = self.cache.shared.shape.states.as_ref();
+        let shape = shape.expect("the model has states");
+        self.states.layer(shape, layer)
     }
 
     /// The pages that `n_tokens` more are written to and that others have too.

@@ -25,6 +25,7 @@ mod router;
 mod rows;
 mod sampler;
 mod scheduler;
+mod state;
 mod stop;
 mod threads;
 mod tokenizer;

@@ -7,6 +7,7 @@
 //! projection and the residual stream, which are the pass's.
 
 pub(crate) mod attention;
+mod delta_net;
 
 use quant::Activations;
 use vindex::{Config, Vindex};
@@ -17,12 +18,15 @@ use crate::model::Model;
 use crate::threads::Pool;
 use crate::weights::{ModelError, Weight};
 use attention::Attention;
+use delta_net::DeltaNet;
 
 /// The mixer of a layer.
 #[derive(Debug)]
 pub(crate) enum Mixer {
     /// Softmax over what a row may see.
     Attention(Attention),
+    /// A state that each row changes and asks.
+    DeltaNet(DeltaNet),
 }
 
 /// The rows of one sequence in a batch.
@@ -45,18 +49,23 @@ pub(crate) struct Room<'a> {
 #[derive(Default)]
 pub(crate) struct Buffers {
     attention: attention::Buffers,
+    delta_net: delta_net::Buffers,
 }
 
 impl Mixer {
     /// Finds the tensors of layer `l`.
     pub(crate) fn open(v: &Vindex, config: &Config, l: u32) -> Result<Mixer, ModelError> {
-        Attention::open(v, config, l).map(Mixer::Attention)
+        match config.is_recurrent(l) {
+            true => DeltaNet::open(v, config, l).map(Mixer::DeltaNet),
+            false => Attention::open(v, config, l).map(Mixer::Attention),
+        }
     }
 
     /// Name and columns of the output projection.
     pub(crate) fn output(&self) -> (&'static str, u32) {
         match self {
             Mixer::Attention(attention) => ("attn_output", attention.width()),
+            Mixer::DeltaNet(net) => ("ssm_out", net.width()),
         }
     }
 
@@ -64,6 +73,7 @@ impl Mixer {
     pub(crate) fn weights(&self) -> Vec<&Weight> {
         match self {
             Mixer::Attention(attention) => attention.weights(),
+            Mixer::DeltaNet(net) => net.weights(),
         }
     }
 
@@ -80,6 +90,10 @@ impl Mixer {
             Mixer::Attention(attention) => {
                 let buffers = (&mut buffers.attention, activations);
                 attention.mix(room, normed, spans, buffers, mixed);
+            }
+            Mixer::DeltaNet(net) => {
+                let buffers = (&mut buffers.delta_net, activations);
+                net.mix(room, normed, spans, buffers, mixed);
             }
         }
     }

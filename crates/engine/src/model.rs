@@ -136,7 +136,7 @@ impl Layer {
         Ok(Layer {
             attn_norm: vector("attn_norm.weight", hidden)?,
             output: weight(&format!("{output}.weight"), hidden, width)?,
-            output_bias: match a.output_bias {
+            output_bias: match a.output_bias && !config.is_recurrent(l) {
                 true => Some(vector(&format!("{output}.bias"), hidden)?),
                 false => None,
             },
@@ -197,6 +197,20 @@ fn check(config: &Config) -> Result<(), ModelError> {
     if a.sliding_window.as_ref().is_some_and(|w| w.n_tokens == 0) {
         return wrong("sliding window is empty".to_owned());
     }
+    if let Some(net) = &config.delta_net {
+        let counts = [net.n_key_heads, net.n_value_heads, net.conv_kernel];
+        let widths = [net.key_length, net.value_length];
+        let many = 1 << 16;
+        if counts.iter().chain(&widths).any(|&n| n == 0 || n > many)
+            || !net.n_value_heads.is_multiple_of(net.n_key_heads)
+            || widths.iter().any(|&n| n as usize > HEAD_MAX)
+        {
+            return wrong(format!(
+                "delta net has {} key heads and {} value heads of {widths:?} behind {} rows",
+                net.n_key_heads, net.n_value_heads, net.conv_kernel
+            ));
+        }
+    }
     if let Some(e) = config.experts
         && (e.n_used == 0 || e.n_used > e.n)
     {
@@ -210,7 +224,6 @@ fn not_computed(config: &Config) -> Option<&'static str> {
     let a = &config.attention;
     let experts = config.experts;
     [
-        (config.delta_net.is_some(), "layers with a recurrent state"),
         (a.latent.is_some(), "latent keys and values"),
         (a.sinks, "attention sinks"),
         (a.value_norm, "norms of values"),

@@ -29,11 +29,11 @@ use std::time::Duration;
 
 use vindex::Config;
 
-use crate::draft::drafter::page_bytes as page_bytes_beside;
+use crate::draft::drafter::{fixed_bytes as fixed_bytes_beside, page_bytes as page_bytes_beside};
 use crate::draft::{DRAFT_DEPTH_MAX, Drafts};
 use crate::ffn::FeedForward;
 use crate::forward::Forward;
-use crate::kv::{KvCache, KvType, PAGE};
+use crate::kv::{KvCache, KvType};
 use crate::model::Model;
 use crate::request::{EngineError, Request, Sink};
 use crate::threads::Pool;
@@ -182,15 +182,18 @@ impl Engine {
         options.drafts.check(&parts.model)?;
         let config = parts.model.config();
         // Whoever guesses has pages beside the model's, under the same ceiling.
-        let page_bytes = KvCache::bytes_for(config, options.kv_type, PAGE);
+        let page_bytes = KvCache::page_bytes_for(config, options.kv_type) as u64;
         let beside = page_bytes_beside(&options.drafts, options.kv_type) as u64;
-        let of_model = u128::from(options.kv_bytes_max) * u128::from(page_bytes)
-            / u128::from((page_bytes + beside).max(1));
+        let fixed_beside = fixed_bytes_beside(&options.drafts, options.kv_type);
+        let fixed_beside = fixed_beside.saturating_mul(options.n_running_max as u64);
+        let shared = options.kv_bytes_max.saturating_sub(fixed_beside);
+        let of_model =
+            u128::from(shared) * u128::from(page_bytes) / u128::from((page_bytes + beside).max(1));
         let cache = KvCache::new(config, options.kv_type, of_model as u64);
         let context = options.context_max.unwrap_or(usize::MAX);
         let context = context
             .min(config.context as usize)
-            .min(cache.n_pages().saturating_mul(PAGE));
+            .min(cache.n_tokens_max());
         let stats = EngineStats {
             n_pages: cache.n_pages(),
             page_bytes: cache.page_bytes(),

@@ -173,15 +173,21 @@ impl Weight {
 
 /// The numbers of the vector called `name`.
 pub(crate) fn vector(vindex: &Vindex, name: &str, n: u32) -> Result<Vec<f32>, ModelError> {
+    numbers(vindex, name, &[n.into()])
+}
+
+/// The numbers of the tensor called `name`, which has rows of `ne[0]`.
+pub(crate) fn numbers(vindex: &Vindex, name: &str, ne: &[u64]) -> Result<Vec<f32>, ModelError> {
     let view = vindex.tensor(name).ok_or_else(|| missing(vindex, name))?;
-    if view.ne != [u64::from(n)] {
+    if view.ne != ne {
         return Err(ModelError::Shape {
             tensor: name.to_owned(),
-            expected: vec![n.into()],
+            expected: ne.to_vec(),
             got: view.ne.to_vec(),
         });
     }
-    let mut values = vec![0.0; n as usize];
+    // They fit: the tensor is in memory.
+    let mut values = vec![0.0; ne.iter().product::<u64>() as usize];
     quant::decode(view.block_type, view.bytes, &mut values);
     Ok(values)
 }

@@ -7,7 +7,7 @@
 //!
 //! Read in this order: [`BlockType`] (names and sizes), `decode.rs` (what the bytes mean), `encode/fit.rs` (how a
 //! group of weights finds its scale), `lanes.rs` and `arch/` (sixteen groups at once on each CPU), `product/` (what a
-//! product is, to the bit), `words.rs` (sixteen rows at once), `elementwise.rs`, `narrow.rs` (the 8-bit and 4-bit
+//! product is, to the bit), `words.rs` (sixteen rows at once), `elementwise.rs`, `delta.rs` (a recurrent state), `narrow.rs` (the 8-bit and 4-bit
 //! numbers of checkpoints), `mxfp4.rs` (4-bit floats in GGUF).
 //!
 //! Left out: threads (the caller splits rows), importance matrices, and checks for NaN and infinity, which belong to
@@ -17,6 +17,7 @@
 mod arch;
 mod block_type;
 mod decode;
+mod delta;
 mod elementwise;
 mod encode;
 mod isa;
@@ -27,6 +28,7 @@ mod product;
 mod words;
 
 pub use block_type::{BlockType, UnknownBlockType};
+pub use delta::{DeltaRow, SLAB, delta_rule, delta_rule_with};
 pub use elementwise::{
     exp_in_place, exp_in_place_with, gate_in_place, gate_in_place_with, gelu_tanh_in_place,
     gelu_tanh_in_place_with, silu_in_place, silu_in_place_with, softmax_in_place,

@@ -15,7 +15,7 @@ use super::head::{Head, HeadPass, HeadWork};
 use super::memory::{Memory, Pairs, Taken};
 use super::{Assistant, Drafts};
 use crate::forward::{Forward, Wanted, Work};
-use crate::kv::{KvCache, KvType, PAGE};
+use crate::kv::{KvCache, KvType};
 use crate::model::Model;
 use crate::rows::{fill, multiply, sized, softcap};
 use crate::sampler::{Sampler, most_likely};
@@ -71,13 +71,14 @@ pub(crate) enum Drafter {
 }
 
 impl Drafter {
-    /// For `drafts` that compute. There are pages for as many tokens as the model's cache has with `n_pages`.
+    /// For `drafts` that compute. There are pages for as many tokens as the model's cache has with `n_pages`, and what
+    /// `n_texts` take in any case.
     pub(crate) fn of(
         drafts: &Drafts,
         model: &Arc<Model>,
         pool: &Arc<Pool>,
         kv_type: KvType,
-        n_pages: usize,
+        (n_pages, n_texts): (usize, usize),
     ) -> Option<Drafter> {
         let ceiling = |one: &KvCache| one.page_bytes() as u64 * n_pages as u64;
         match drafts {
@@ -95,7 +96,8 @@ impl Drafter {
             }
             Drafts::Model(Assistant { model, ffn }) => {
                 let config = model.config();
-                let ceiling = ceiling(&KvCache::new(config, kv_type, 0));
+                let fixed = fixed_bytes(drafts, kv_type).saturating_mul(n_texts as u64);
+                let ceiling = ceiling(&KvCache::new(config, kv_type, 0)).saturating_add(fixed);
                 Some(Drafter::Model(Box::new(ModelDrafter {
                     cache: KvCache::new(config, kv_type, ceiling),
                     forward: Forward::new(Arc::clone(model), Arc::clone(pool), Arc::clone(ffn)),
@@ -341,7 +343,7 @@ impl ModelDrafter {
                     // After the last token logits are wanted.
                     let n = n_same.min(one.tokens.len() - 1);
                     taken.sequence.truncate(n);
-                    taken.tokens.truncate(n);
+                    taken.tokens.truncate(taken.sequence.len());
                     taken
                 }
                 _ => Taken {
@@ -433,8 +435,14 @@ pub(crate) fn page_bytes(drafts: &Drafts, kv_type: KvType) -> usize {
     match drafts {
         Drafts::None | Drafts::NGram => 0,
         Drafts::Head(head) => head.cache(kv_type, 0).page_bytes(),
-        Drafts::Model(Assistant { model, .. }) => {
-            KvCache::bytes_for(model.config(), kv_type, PAGE) as usize
-        }
+        Drafts::Model(Assistant { model, .. }) => KvCache::page_bytes_for(model.config(), kv_type),
+    }
+}
+
+/// Bytes that a drafter needs for each text, however long it is.
+pub(crate) fn fixed_bytes(drafts: &Drafts, kv_type: KvType) -> u64 {
+    match drafts {
+        Drafts::Model(Assistant { model, .. }) => KvCache::bytes_for(model.config(), kv_type, 0),
+        _ => 0,
     }
 }

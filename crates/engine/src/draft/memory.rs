@@ -55,9 +55,10 @@ impl Memory {
             Memory::Head(pairs) => Memory::Head(pairs.fork(n)),
             Memory::Model(taken) => {
                 let n = n.min(taken.tokens.len());
+                let sequence = taken.sequence.fork(n);
                 Memory::Model(Taken {
-                    sequence: taken.sequence.fork(n),
-                    tokens: taken.tokens[..n].to_vec(),
+                    tokens: taken.tokens[..sequence.len()].to_vec(),
+                    sequence,
                 })
             }
         }

@@ -35,7 +35,7 @@ impl Prefixes {
         let lengths = self
             .texts
             .iter()
-            .map(|text| in_common(&text.tokens, tokens));
+            .map(|text| text.sequence.reusable(in_common(&text.tokens, tokens)));
         let (i, n) = lengths.enumerate().max_by_key(|&(_, n)| n)?;
         if n <= n_known {
             return None;
@@ -48,18 +48,18 @@ impl Prefixes {
 
     /// Keeps what `sequence` and `memory` have of `tokens`.
     pub(super) fn insert(&mut self, tokens: &[u32], mut sequence: Sequence, memory: &Memory) {
-        let n = sequence.len() / PAGE * PAGE;
+        let n = sequence.reusable(sequence.len() / PAGE * PAGE);
         let tokens = &tokens[..n];
-        if n == 0
-            || self
-                .texts
-                .iter()
-                .any(|text| text.tokens.starts_with(tokens))
-        {
+        // A longer text has this one too if it can be gone on from here, which one with states cannot everywhere.
+        let has = |text: &Text| text.tokens.starts_with(tokens) && text.sequence.reusable(n) == n;
+        if n == 0 || self.texts.iter().any(has) {
             return;
         }
         sequence.truncate(n);
-        self.texts.retain(|text| !tokens.starts_with(&text.tokens));
+        self.texts.retain(|text| {
+            let n_own = text.tokens.len();
+            !(tokens.starts_with(&text.tokens) && sequence.reusable(n_own) == n_own)
+        });
         if self.texts.len() >= MAX_TEXTS {
             self.texts.remove(0);
         }
@@ -70,12 +70,13 @@ impl Prefixes {
         });
     }
 
-    /// Forgets a page; false when there is none. The page is free then unless a generation uses it.
+    /// Forgets a page, or more where a text with states cannot be gone on from the one before; false when there is none.
+    /// The page is free then unless a generation uses it.
     pub(super) fn forget_page(&mut self) -> bool {
         let Some(text) = self.texts.first_mut() else {
             return false;
         };
-        let n = text.sequence.len() - PAGE;
+        let n = text.sequence.reusable(text.sequence.len() - PAGE);
         if n == 0 {
             self.texts.remove(0);
         } else {

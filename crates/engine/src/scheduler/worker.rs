@@ -175,7 +175,7 @@ impl Worker {
                 (next.sequence, next.memory) = reused;
             }
             let n_needed = n_promised + room(&next);
-            while self.shared.cache.n_free() < n_needed && self.prefixes.forget_page() {}
+            while self.shared.cache.n_free() < n_needed && self.forget() {}
             if self.shared.cache.n_free() < n_needed && !self.running.is_empty() {
                 drop(next.take_sequence(&self.shared.cache));
                 self.waiting.insert(0, next);
@@ -201,6 +201,7 @@ impl Worker {
         let mut best = prefixes.find(wanted, n_known);
         for other in running {
             let n = in_common(&other.tokens[..other.sequence.len()], wanted);
+            let n = other.sequence.reusable(n);
             if n > best
                 .as_ref()
                 .map_or(n_known, |(sequence, _)| sequence.len())
@@ -235,7 +236,7 @@ impl Worker {
                     n_pages_planned += n_needed;
                     break;
                 }
-                if self.prefixes.forget_page() {
+                if self.forget() {
                     continue;
                 }
                 if i + 1 < self.running.len() {
@@ -285,9 +286,16 @@ impl Worker {
         let wanted = &generation.tokens[..generation.tokens.len() - 1];
         self.options.reuse_prefixes
             && self.running[..i].iter().any(|older| {
+                let n_common = in_common(&older.tokens, wanted);
                 older.n_missing() > 1
-                    && in_common(&older.tokens, wanted) > generation.sequence.len()
+                    && n_common > generation.sequence.len().max(older.sequence.len())
             })
+    }
+
+    /// Forgets what nobody needs: of texts that nobody runs first, then copies of states. False when there is nothing.
+    fn forget(&mut self) -> bool {
+        let saved = |g: &mut Generation| g.sequence.forget_saved();
+        self.prefixes.forget_page() || self.running.iter_mut().any(saved)
     }
 
     fn put_back_youngest(&mut self) {
