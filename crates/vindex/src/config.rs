@@ -349,6 +349,27 @@ pub enum Gating {
     Sigmoid,
 }
 
+impl Experts {
+    /// `n` experts of which everything else is still to be said.
+    pub(crate) fn new(n: u32, gating: Gating) -> Experts {
+        Experts {
+            n,
+            n_used: 1,
+            ffn: 0,
+            gating,
+            normalise: false,
+            scale: 1.0,
+            groups: None,
+            choice_bias: false,
+            router_bias: false,
+            bias: false,
+            n_leading_dense: 0,
+            shared: None,
+            dense_branch: false,
+        }
+    }
+}
+
 impl Config {
     /// Keys and values of layer `l`.
     pub fn heads(&self, l: u32) -> Heads {

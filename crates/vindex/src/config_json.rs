@@ -4,11 +4,13 @@
 //! setting that would change the forward pass and that `Config` cannot say is an error, never ignored.
 //! Defaults where the file is silent come from the family's row.
 
+pub(crate) mod gemma4;
+pub(crate) mod hybrid;
+mod rope;
+
 use serde_json::{Map, Value};
 
-use crate::config::{
-    Activation, Attention, Config, Experts, Gating, Rope, RopeKind, RopeScaling, SlidingWindow,
-};
+use crate::config::{Activation, Attention, Config, Experts, Gating, SlidingWindow};
 use crate::error::Error;
 use crate::families::{Bias, Family, Window};
 use crate::source::Files;
@@ -56,6 +58,11 @@ impl ConfigJson {
         self.root.contains_key("vision_config")
     }
 
+    /// True when the model has a part that hears.
+    pub(crate) fn hears(&self) -> bool {
+        self.get("audio_config").is_some()
+    }
+
     /// Layers of multi-token prediction that follow the model's own.
     pub(crate) fn n_nextn_layers(&self) -> Result<u32, Error> {
         Ok(self.u32("num_nextn_predict_layers")?.unwrap_or(0))
@@ -64,6 +71,11 @@ impl ConfigJson {
     /// True when `config.json` itself has the width of a head.
     pub(crate) fn has_head_dim(&self) -> bool {
         self.get("head_dim").is_some()
+    }
+
+    /// True when `config.json` itself has the key with a value.
+    pub(crate) fn has(&self, key: &str) -> bool {
+        self.get(key).is_some()
     }
 
     /// A token id, at the top level or in `text_config`, when it is one number.
@@ -148,7 +160,11 @@ impl ConfigJson {
         let hidden = self.count("hidden_size", None, 1 << 24)?;
         let attention = self.attention(family, hidden, n_layers)?;
         let rope = self.rope(family, attention.key_length)?;
-        let ffn = self.count("intermediate_size", None, 1 << 28)?;
+        // Where all layers are routed, nothing has that width.
+        let ffn = match self.u32("intermediate_size")? {
+            None if family.experts.is_some() => 0,
+            _ => self.count("intermediate_size", None, 1 << 28)?,
+        };
         let vocab = self.count("vocab_size", d.vocab, VOCAB_MAX)?;
         let generation: Option<Map<String, Value>> =
             files.json_if_any("generation_config.json", JSON_BYTES_MAX)?;
@@ -160,7 +176,7 @@ impl ConfigJson {
                 .collect::<Vec<_>>(),
         );
         eos.retain(|&id| id < vocab);
-        Ok(Config {
+        let config = Config {
             architecture: family.architecture.to_owned(),
             n_layers,
             n_nextn: 0,
@@ -188,7 +204,8 @@ impl ConfigJson {
             layer_scale: false,
             bos: self.token_id("bos_token_id").filter(|&id| id < vocab),
             eos,
-        })
+        };
+        (family.numbers)(self, config)
     }
 
     fn attention(&self, family: &Family, hidden: u32, n_layers: u32) -> Result<Attention, Error> {
@@ -276,7 +293,7 @@ impl ConfigJson {
             ));
         }
         let layers: Vec<bool> = match self.get("layer_types") {
-            Some(types) => layer_types(types, n_layers)?,
+            Some(types) => layer_kinds(types, n_layers, "sliding_attention")?,
             None => {
                 let first = match family.window {
                     Window::Upper => self.u32("max_window_layers")?.unwrap_or(28),
@@ -308,176 +325,14 @@ impl ConfigJson {
         let is_other = self.get(usual).is_none() && self.get(other).is_some();
         let n = self.count(if is_other { other } else { usual }, None, EXPERTS_MAX)?;
         Ok(Some(Experts {
-            n,
             n_used: self.count("num_experts_per_tok", None, n)?,
             ffn: self.count(keys.ffn, None, 1 << 28)?,
-            gating: Gating::Softmax,
             normalise: match keys.normalise {
-                Some(key) => self.bool(key)?.unwrap_or(false),
+                Some((key, default)) => self.bool(key)?.unwrap_or(default),
                 None => true,
             },
-            scale: 1.0,
-            groups: None,
-            choice_bias: false,
-            router_bias: false,
-            bias: false,
-            n_leading_dense: 0,
-            shared: None,
-            dense_branch: false,
+            ..Experts::new(n, Gating::Softmax)
         }))
-    }
-
-    /// `rope_parameters` (also the nested form by kind of layer), or `rope_scaling` with keys at the top level.
-    fn rope_parameters(&self) -> (Option<&Value>, Option<&Value>) {
-        let all = self
-            .get("rope_parameters")
-            .or_else(|| self.get("rope_scaling"));
-        match all {
-            Some(Value::Object(o))
-                if o.contains_key("full_attention") || o.contains_key("sliding_attention") =>
-            {
-                (o.get("full_attention"), o.get("sliding_attention"))
-            }
-            _ => (all, None),
-        }
-    }
-
-    fn rope(&self, family: &Family, key_length: u32) -> Result<Rope, Error> {
-        let (full, sliding) = self.rope_parameters();
-        let within =
-            |parameters: Option<&Value>, key: &str| match parameters.and_then(|p| p.get(key)) {
-                Some(value) if !value.is_null() => positive(key, value).map(Some),
-                _ => Ok(None),
-            };
-        let d = &family.defaults;
-        let base = match within(full, "rope_theta")? {
-            Some(base) => base,
-            None => self.f64("rope_theta")?.unwrap_or(d.rope_base),
-        };
-        let base_sliding = match (d.rope_base_sliding, within(sliding, "rope_theta")?) {
-            (None, _) => None,
-            (Some(_), Some(base)) => Some(base),
-            (Some(default), None) => Some(self.f64("rope_local_base_freq")?.unwrap_or(default)),
-        };
-        let kind_of = |parameters: Option<&Value>| {
-            let text = |key: &str| parameters?.get(key)?.as_str().map(str::to_owned);
-            text("rope_type")
-                .or_else(|| text("type"))
-                .unwrap_or_else(|| "default".to_owned())
-        };
-        let kind = kind_of(full);
-        if kind_of(sliding) != "default" {
-            return unsupported("rope scaling of the layers that slide".to_owned());
-        }
-        for parameters in [full, sliding] {
-            if within(parameters, "partial_rotary_factor")?.is_some_and(|f| f != 1.0) {
-                return unsupported("partial_rotary_factor other than 1".to_owned());
-            }
-        }
-        let factor = || {
-            let value = full.and_then(|p| p.get("factor")).unwrap_or(&Value::Null);
-            positive("rope_scaling.factor", value).map(|f| f as f32)
-        };
-        let scaling = match kind.as_str() {
-            "default" => None,
-            "linear" => Some(RopeScaling::Linear { factor: factor()? }),
-            "llama3" => Some(RopeScaling::FrequencyFactors),
-            "yarn" => {
-                // What else changes the rotation and has no place in `RopeScaling::Yarn`.
-                let parameter = |key: &str| full.and_then(|p| p.get(key)).filter(|v| !v.is_null());
-                for key in ["mscale", "mscale_all_dim"] {
-                    if parameter(key).is_some() && parameter("attention_factor").is_none() {
-                        return unsupported(format!("{key} of rope scaling \"yarn\""));
-                    }
-                }
-                if parameter("truncate") == Some(&Value::Bool(false)) {
-                    return unsupported("truncate false of rope scaling \"yarn\"".to_owned());
-                }
-                let key = "original_max_position_embeddings";
-                let original = match within(full, key)? {
-                    Some(n) if n >= 1.0 => n as u32,
-                    Some(n) => return Err(invalid(key, format!("{n} is less than one token"))),
-                    None => {
-                        let context = self.u32("max_position_embeddings")?;
-                        self.count(key, context, u32::MAX)?
-                    }
-                };
-                Some(RopeScaling::Yarn {
-                    factor: factor()?,
-                    original_context: original,
-                    beta_fast: within(full, "beta_fast")?.unwrap_or(32.0) as f32,
-                    beta_slow: within(full, "beta_slow")?.unwrap_or(1.0) as f32,
-                    attention_factor: within(full, "attention_factor")?.map(|f| f as f32),
-                    fractional: false,
-                })
-            }
-            other => {
-                return unsupported(format!("rope scaling of kind {:?}", clip(other)));
-            }
-        };
-        if scaling == Some(RopeScaling::FrequencyFactors) && family.rope != RopeKind::Interleaved {
-            return unsupported(format!(
-                "rope scaling \"llama3\" in the architecture {}",
-                family.architecture
-            ));
-        }
-        Ok(Rope {
-            kind: family.rope,
-            n_dims: key_length,
-            base: base as f32,
-            base_sliding: base_sliding.map(|b| b as f32),
-            n_dims_sliding: None,
-            scaling,
-        })
-    }
-
-    /// What each pair's frequency is divided by, for models with llama3's rope scaling: short wavelengths are kept,
-    /// long ones stretched by `factor`, those between are interpolated. Element `i` is for pair `i`.
-    ///
-    /// The formula is that of `transformers` (`_compute_llama3_parameters`) in the form of llama.cpp's converter,
-    /// in single precision like both.
-    pub(crate) fn rope_factors(&self, config: &Config) -> Result<Option<Vec<f32>>, Error> {
-        if config.rope.scaling != Some(RopeScaling::FrequencyFactors) {
-            return Ok(None);
-        }
-        let (parameters, _) = self.rope_parameters();
-        let number = |key: &str, default: f64| match parameters.and_then(|p| p.get(key)) {
-            Some(value) if !value.is_null() => positive(key, value).map(|v| v as f32),
-            _ => Ok(default as f32),
-        };
-        let factor = number("factor", 8.0)?;
-        let low = number("low_freq_factor", 1.0)?;
-        let high = number("high_freq_factor", 4.0)?;
-        let context = number("original_max_position_embeddings", 8192.0)?;
-        let n_dims = config.rope.n_dims;
-        let factors = (0..n_dims / 2).map(|pair| {
-            let exponent = (2 * pair) as f32 / n_dims as f32;
-            // The power is taken in double precision, so that every machine rounds to the same single.
-            let frequency = 1.0 / f64::from(config.rope.base).powf(f64::from(exponent)) as f32;
-            let wavelength = std::f32::consts::TAU / frequency;
-            if wavelength < context / high {
-                1.0
-            } else if wavelength > context / low {
-                factor
-            } else {
-                let smooth = (context / wavelength - low) / (high - low);
-                1.0 / ((1.0 - smooth) / factor + smooth)
-            }
-        });
-        let factors: Vec<f32> = factors.collect();
-        if factors.iter().any(|f| !f.is_finite()) {
-            return Err(invalid(
-                "rope_scaling",
-                "its numbers give frequencies that are no numbers",
-            ));
-        }
-        Ok(Some(factors))
-    }
-
-    /// True when `config.json` itself has this parameter of its rope scaling.
-    pub(crate) fn has_rope_parameter(&self, key: &str) -> bool {
-        let (full, _) = self.rope_parameters();
-        full.and_then(|p| p.get(key)).is_some_and(|v| !v.is_null())
     }
 
     fn refuse_what_cannot_be_followed(&self, family: &Family) -> Result<(), Error> {
@@ -510,12 +365,13 @@ impl ConfigJson {
                 activations[0]
             ));
         }
-        if self.f64("partial_rotary_factor")?.is_some_and(|f| f != 1.0) {
-            return unsupported("partial_rotary_factor other than 1".to_owned());
-        }
-        if self.bool("is_causal")? == Some(false)
-            || self.bool("use_bidirectional_attention")? == Some(true)
-        {
+        // Gemma 4 says for which tokens; those of images never come to this pass.
+        let both_ways = match self.get("use_bidirectional_attention") {
+            None => false,
+            Some(Value::String(tokens)) => tokens != "vision",
+            Some(other) => *other != Value::Bool(false),
+        };
+        if both_ways || self.bool("is_causal")? == Some(false) {
             return unsupported(
                 "attention to later tokens (is_causal, use_bidirectional_attention)".to_owned(),
             );
@@ -540,7 +396,8 @@ impl ConfigJson {
     }
 }
 
-fn layer_types(types: &Value, n_layers: u32) -> Result<Vec<bool>, Error> {
+/// For each layer whether it is of `kind` and not of full attention; no other kind is known.
+fn layer_kinds(types: &Value, n_layers: u32, kind: &str) -> Result<Vec<bool>, Error> {
     let types = types.as_array().map(Vec::as_slice).unwrap_or_default();
     if types.len() != n_layers as usize {
         return Err(invalid(
@@ -548,12 +405,12 @@ fn layer_types(types: &Value, n_layers: u32) -> Result<Vec<bool>, Error> {
             format!("{} entries for {n_layers} layers", types.len()),
         ));
     }
-    let is_sliding = |value: &Value| match value.as_str() {
-        Some("sliding_attention") => Ok(true),
+    let is_kind = |value: &Value| match value.as_str() {
+        Some(text) if text == kind => Ok(true),
         Some("full_attention") => Ok(false),
         _ => unsupported(format!("a layer of type {}", short(value))),
     };
-    types.iter().map(is_sliding).collect()
+    types.iter().map(is_kind).collect()
 }
 
 fn token_ids(value: Option<&Value>) -> Vec<u32> {

@@ -105,6 +105,7 @@ fn named(component: Component) -> String {
         Component::Embeddings => "embeddings".to_owned(),
         Component::Attention { layer } => format!("attention {layer}"),
         Component::FeedForward { layer } => format!("feed-forward {layer}"),
+        Component::NextN { layer } => format!("nextn {layer}"),
     }
 }
 

@@ -2,7 +2,8 @@
 //!
 //! 1. `layout.rs` computes every file's length and every offset from the plan.
 //! 2. `journal.rs` says which parts an interrupted run has finished; those are hashed again and kept.
-//! 3. `chunk.rs` cuts the missing parts' tensors into pieces, `pipeline.rs` reads, encodes, writes and hashes them.
+//! 3. `chunk.rs` cuts the missing parts' tensors into pieces, by the places that `view.rs` computes; `pipeline.rs` reads,
+//!    encodes, writes and hashes them.
 //! 4. `index.json` is written last and makes the directory a vindex.
 //!
 //! Invariant: plan and checkpoint alone decide the bytes. A file has its final name only when it is whole and synced,
@@ -13,6 +14,7 @@ mod chunk;
 mod journal;
 mod layout;
 mod pipeline;
+mod view;
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs::{self, File};

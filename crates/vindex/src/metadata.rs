@@ -51,15 +51,29 @@ pub(crate) fn of_model(
     let mut put =
         |key: &str, value: MetaValue| keys.push((format!("{}.{key}", family.architecture), value));
     let (a, rope) = (&config.attention, &config.rope);
-    put("block_count", MetaValue::U32(config.n_layers));
+    put(
+        "block_count",
+        MetaValue::U32(config.n_layers + config.n_nextn),
+    );
     put("context_length", MetaValue::U32(config.context));
     put("embedding_length", MetaValue::U32(config.hidden));
-    put("feed_forward_length", MetaValue::U32(config.ffn));
+    if !config.ffn_layers.is_empty() {
+        put("feed_forward_length", i32s(&config.ffn_layers));
+    } else if config.ffn > 0 {
+        put("feed_forward_length", MetaValue::U32(config.ffn));
+    }
     if family.writes.llama_keys {
         put("vocab_size", MetaValue::U32(config.vocab));
     }
     put("attention.head_count", MetaValue::U32(a.n_heads));
-    put("attention.head_count_kv", MetaValue::U32(a.n_kv_heads));
+    if json.has("num_global_key_value_heads") && rope.n_dims_sliding.is_some() {
+        let heads: Vec<u32> = (0..config.n_layers)
+            .map(|l| config.heads(l).n_kv_heads)
+            .collect();
+        put("attention.head_count_kv", i32s(&heads));
+    } else {
+        put("attention.head_count_kv", MetaValue::U32(a.n_kv_heads));
+    }
     put(
         "attention.layer_norm_rms_epsilon",
         MetaValue::F32(config.norm_eps),
@@ -71,13 +85,22 @@ pub(crate) fn of_model(
     if let Some(window) = &a.sliding_window {
         put("attention.sliding_window", MetaValue::U32(window.n_tokens));
         // llama.cpp assumes the family's usual order of layers where it is told no other.
-        if let Window::AllButEach(each) = family.window
-            && !(1..)
+        let is_usual = match family.window {
+            Window::AllButEach(each) => (1..)
                 .zip(&window.layers)
-                .all(|(n, &slides): (u32, &bool)| slides != n.is_multiple_of(each))
-        {
+                .all(|(n, &slides): (u32, &bool)| slides != n.is_multiple_of(each)),
+            _ => true,
+        };
+        if !is_usual || window.heads.is_some() {
             let layers = MetaArray::Bools(window.layers.clone());
             put("attention.sliding_window_pattern", MetaValue::Array(layers));
+        }
+        if let Some(heads) = window.heads {
+            put("attention.key_length_swa", MetaValue::U32(heads.key_length));
+            put(
+                "attention.value_length_swa",
+                MetaValue::U32(heads.value_length),
+            );
         }
     }
     if let Some(cap) = a.softcap {
@@ -92,8 +115,21 @@ pub(crate) fn of_model(
     if let Some(base) = rope.base_sliding {
         put("rope.freq_base_swa", MetaValue::F32(base));
     }
-    if family.writes.llama_keys {
+    if family.writes.llama_keys || config.delta_net.is_some() || rope.n_dims_sliding.is_some() {
         put("rope.dimension_count", MetaValue::U32(rope.n_dims));
+    }
+    if let Some(n_dims) = rope.n_dims_sliding {
+        put("rope.dimension_count_swa", MetaValue::U32(n_dims));
+        let width = config.layer_embeddings.map_or(0, |e| e.width);
+        put(
+            "attention.shared_kv_layers",
+            MetaValue::U32(a.n_shared_kv_layers),
+        );
+        put("embedding_length_per_layer_input", MetaValue::U32(width));
+    }
+    if family.writes.rope_sections {
+        let sections = MetaArray::I32s(json.rope_sections());
+        put("rope.dimension_sections", MetaValue::Array(sections));
     }
     match rope.scaling {
         Some(RopeScaling::Linear { factor }) => {
@@ -130,14 +166,48 @@ pub(crate) fn of_model(
     if let Some(experts) = &config.experts {
         put("expert_count", MetaValue::U32(experts.n));
         put("expert_used_count", MetaValue::U32(experts.n_used));
-        if family
-            .experts
-            .is_some_and(|keys| keys.ffn != "intermediate_size")
-        {
+        if family.writes.expert_ffn {
             put("expert_feed_forward_length", MetaValue::U32(experts.ffn));
         }
+        if let Some(shared) = experts.shared.filter(|shared| shared.gated) {
+            put(
+                "expert_shared_feed_forward_length",
+                MetaValue::U32(shared.ffn),
+            );
+        }
+    }
+    if config.n_nextn > 0 {
+        put("nextn_predict_layers", MetaValue::U32(config.n_nextn));
+    }
+    if let Some(net) = &config.delta_net {
+        put("ssm.conv_kernel", MetaValue::U32(net.conv_kernel));
+        put("ssm.state_size", MetaValue::U32(net.key_length));
+        put("ssm.group_count", MetaValue::U32(net.n_key_heads));
+        put("ssm.time_step_rank", MetaValue::U32(net.n_value_heads));
+        let inner = net.value_length.saturating_mul(net.n_value_heads);
+        put("ssm.inner_size", MetaValue::U32(inner));
+        let n_blocks = config.n_layers + config.n_nextn;
+        let layers = (0..n_blocks).map(|l| config.is_recurrent(l)).collect();
+        put(
+            "attention.recurrent_layers",
+            MetaValue::Array(MetaArray::Bools(layers)),
+        );
+        put(
+            "full_attention_interval",
+            MetaValue::U32(
+                family
+                    .writes
+                    .attention_interval
+                    .unwrap_or_else(|| json.attention_interval()),
+            ),
+        );
     }
     keys
+}
+
+/// Numbers of layers, which fit.
+fn i32s(numbers: &[u32]) -> MetaValue {
+    MetaValue::Array(MetaArray::I32s(numbers.iter().map(|&n| n as i32).collect()))
 }
 
 /// Where llama.cpp's forward pass is known to leave the model's configuration.

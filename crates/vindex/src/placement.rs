@@ -6,11 +6,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::checkpoint::{Checkpoint, Dtype, SourceTensor};
-use crate::config::{Config, RopeKind};
+use crate::config::Config;
 use crate::config_json::ConfigJson;
 use crate::error::Error;
-use crate::families::{Family, Fold, Place, Row};
-use crate::plan::{Component, LeftOut, PlannedPart, PlannedTensor, Transform, Values};
+use crate::families::{Family, Need, Place, Row};
+use crate::plan::{Component, LeftOut, PlannedPart, PlannedTensor, Values};
 use crate::recipe::Recipe;
 
 /// As many missing tensors are listed; a configuration that lies about its layers has no end of them.
@@ -21,6 +21,29 @@ pub(crate) struct Placed {
     pub(crate) left_out: Vec<LeftOut>,
 }
 
+/// Blocks of the checkpoint that predict further tokens and that the family's name map knows: `mtp.layers.0` and so on.
+pub(crate) fn n_nextn(checkpoint: &Checkpoint, family: &Family) -> u32 {
+    let is_known = family
+        .lines()
+        .iter()
+        .any(|line| line[0].place == Place::NextN);
+    let block = |name: &str| {
+        let name = name.strip_prefix("model.").unwrap_or(name);
+        let number = name.strip_prefix("mtp.layers.")?.split('.').next()?;
+        number.parse::<u32>().ok()
+    };
+    let blocks: BTreeSet<u32> = checkpoint
+        .tensors()
+        .filter_map(|(name, _)| block(name))
+        .collect();
+    // Blocks after one that is missing have no number in the vindex.
+    let n = (0..)
+        .zip(&blocks)
+        .take_while(|(n, block)| n == *block)
+        .count();
+    if is_known { n as u32 } else { 0 }
+}
+
 pub(crate) fn place(
     checkpoint: &Checkpoint,
     json: &ConfigJson,
@@ -29,44 +52,40 @@ pub(crate) fn place(
     recipe: Recipe,
 ) -> Result<Placed, Error> {
     let mut found = Found::of(checkpoint)?;
-    let layers = 0..config.n_layers;
-    let mut parts = vec![
-        PlannedPart {
-            component: Component::Metadata,
-            tensors: Vec::new(),
-        },
-        PlannedPart {
-            component: Component::Embeddings,
-            tensors: Vec::new(),
-        },
-    ];
-    for layer in layers.clone() {
-        parts.push(PlannedPart {
-            component: Component::Attention { layer },
-            tensors: Vec::new(),
-        });
-        parts.push(PlannedPart {
-            component: Component::FeedForward { layer },
-            tensors: Vec::new(),
-        });
+    let n_layers = config.n_layers;
+    let part = |component| PlannedPart {
+        component,
+        tensors: Vec::new(),
+    };
+    let mut parts = vec![part(Component::Metadata), part(Component::Embeddings)];
+    for layer in 0..n_layers {
+        parts.push(part(Component::Attention { layer }));
+        parts.push(part(Component::FeedForward { layer }));
     }
-    'rows: for row in family.rows_for(config) {
-        let layers = if row.source.contains("{l}") {
-            layers.clone()
-        } else {
-            0..1
+    for layer in n_layers..n_layers + config.n_nextn {
+        parts.push(part(Component::NextN { layer }));
+    }
+    'lines: for line in family.lines() {
+        let layers = match line[0] {
+            row if row.place == Place::NextN => n_layers..n_layers + 1,
+            row if row.source.contains("{l}") => 0..n_layers + config.n_nextn,
+            _ => 0..1,
         };
         for layer in layers {
-            let part = match row.place {
+            let part = match line[0].place {
                 Place::Embeddings => 1,
+                _ if layer >= n_layers => 2 + n_layers as usize + layer as usize,
                 Place::Attention => 2 + 2 * layer as usize,
-                Place::FeedForward => 3 + 2 * layer as usize,
+                Place::FeedForward | Place::NextN => 3 + 2 * layer as usize,
+            };
+            let Some(row) = found.choose(&line, layer, config) else {
+                continue;
             };
             parts[part]
                 .tensors
                 .extend(found.take(row, layer, family, config, recipe)?);
             if found.missing.len() >= MISSING_MAX {
-                break 'rows;
+                break 'lines;
             }
         }
     }
@@ -106,6 +125,10 @@ impl<'a> Found<'a> {
         for (name, tensor) in checkpoint.tensors() {
             // A model inside a multimodal one: `language_model.model.…` or `model.language_model.…`.
             let plain = name.replacen("language_model.", "", 1);
+            let plain = match plain.strip_prefix("model.mtp.") {
+                Some(rest) => format!("mtp.{rest}"),
+                None => plain,
+            };
             if let Some((other, _)) = tensors.insert(plain, (name, tensor)) {
                 let reason = format!("tensors {name} and {other} are two of one name");
                 return Err(Error::Checkpoint {
@@ -121,6 +144,22 @@ impl<'a> Found<'a> {
         })
     }
 
+    /// Which of the alternatives of a line the checkpoint has in `layer`: the first that is there, or the first that should
+    /// be; `None` when none is needed.
+    fn choose(&self, line: &[&'static Row], layer: u32, config: &Config) -> Option<&'static Row> {
+        let needed = |row: &&Row| row.when.need(config, layer) != Need::No;
+        let is_there = |row: &&Row| {
+            let name = source(row, layer, config).replace("{e}", "0");
+            self.tensors.contains_key(&name)
+        };
+        let mut rows = line.iter().copied().filter(needed);
+        let first = rows.clone().next()?;
+        match rows.find(is_there) {
+            None if first.when.need(config, layer) == Need::IfThere => None,
+            found => Some(found.unwrap_or(first)),
+        }
+    }
+
     /// The tensor of one line of the map in one layer; `None` with a note in `missing` when it is not there.
     fn take(
         &mut self,
@@ -130,8 +169,8 @@ impl<'a> Found<'a> {
         config: &Config,
         recipe: Recipe,
     ) -> Result<Option<PlannedTensor>, Error> {
-        let shape: Vec<u64> = row.shape.iter().map(|d| d.of(config)).collect();
-        let in_layer = row.source.replace("{l}", &layer.to_string());
+        let shape: Vec<u64> = row.shape.iter().map(|d| d.of(config, layer)).collect();
+        let in_layer = source(row, layer, config);
         let n_experts = config
             .experts
             .filter(|_| row.source.contains("{e}"))
@@ -156,29 +195,19 @@ impl<'a> Found<'a> {
         if sources.len() != n_experts.unwrap_or(1) as usize {
             return Ok(None);
         }
-        let prefix = if row.source.contains("{l}") {
+        let prefix = if row.source.contains("{l}") || row.place == Place::NextN {
             format!("blk.{layer}.")
         } else {
             String::new()
         };
         let name = prefix + row.target;
+        let shape = row.fold.shape(&shape, config);
         let ne: Vec<u64> = shape
             .into_iter()
             .rev()
             .chain(n_experts.map(u64::from))
             .collect();
-        let transform = match row.fold {
-            Fold::Norm if family.norms_around_zero => Transform::AddOne,
-            Fold::RopeQueries if family.rope == RopeKind::Interleaved => {
-                Transform::InterleaveRope {
-                    n_heads: config.attention.n_heads,
-                }
-            }
-            Fold::RopeKeys if family.rope == RopeKind::Interleaved => Transform::InterleaveRope {
-                n_heads: config.attention.n_kv_heads,
-            },
-            _ => Transform::None,
-        };
+        let transform = row.fold.transform(family, config);
         let block_type = recipe.block_type(&name, &ne);
         Ok(Some(PlannedTensor {
             name,
@@ -212,12 +241,14 @@ impl<'a> Found<'a> {
                 "computed from the configuration"
             } else if plain == "lm_head.weight" && config.tied_embeddings {
                 "the output head is the embedding matrix"
-            } else if plain.starts_with("mtp.") || plain.starts_with("model.mtp.") {
+            } else if plain.starts_with("mtp.") {
                 "multi-token prediction, not part of the model proper"
             } else if layer.is_some_and(|l| nextn.contains(&l)) {
                 "a layer of multi-token prediction, not part of the model proper"
             } else if json.has_vision() && is_vision(plain) {
                 "the model's vision, not part of its text model"
+            } else if json.hears() && is_of(plain, &["audio_tower.", "embed_audio."]) {
+                "the model's hearing, not part of its text model"
             } else {
                 unknown.push(format!("{}: {name}", tensor.file));
                 continue;
@@ -285,17 +316,29 @@ fn check(name: &str, tensor: &SourceTensor, expected: &[u64]) -> Result<(), Erro
 }
 
 fn is_vision(name: &str) -> bool {
-    [
+    let parts = [
         "vision_tower.",
         "vision_model.",
         "multi_modal_projector.",
         "visual.",
-    ]
-    .iter()
-    .any(|part| {
-        name.starts_with(part)
-            || name
-                .strip_prefix("model.")
-                .is_some_and(|n| n.starts_with(part))
-    })
+        "embed_vision.",
+    ];
+    is_of(name, &parts)
+}
+
+/// Whether a tensor belongs to one of `parts` of a multimodal model.
+fn is_of(name: &str, parts: &[&str]) -> bool {
+    let name = name.strip_prefix("model.").unwrap_or(name);
+    parts.iter().any(|part| name.starts_with(part))
+}
+
+/// The name that the map expects in the checkpoint, for layer `l`.
+fn source(row: &Row, l: u32, config: &Config) -> String {
+    match l.checked_sub(config.n_layers) {
+        Some(n) if row.place != Place::NextN => {
+            let block = format!("mtp.layers.{n}.");
+            row.source.replace("model.layers.{l}.", &block)
+        }
+        _ => row.source.replace("{l}", &l.to_string()),
+    }
 }

@@ -61,6 +61,7 @@ fn of_checkpoint(
     let json = ConfigJson::read(files)?;
     let family = json.family()?;
     let mut config = json.numbers(family, files)?;
+    config.n_nextn = placement::n_nextn(&checkpoint, family);
     let placed = placement::place(&checkpoint, &json, family, &config, recipe)?;
     let tokenizer = tokenizer::read(files, &json, family, config.vocab)?;
     config.bos = tokenizer.bos.or(config.bos);
@@ -163,6 +164,12 @@ pub enum Component {
         /// Which layer.
         layer: u32,
     },
+    /// A block after the layers that predicts a further token.
+    #[serde(rename = "nextn")]
+    NextN {
+        /// Which block: the first is the number of layers.
+        layer: u32,
+    },
 }
 
 /// One tensor of the vindex.
@@ -196,20 +203,109 @@ pub enum Values {
     },
 }
 
-/// What happens to the rows of a checkpoint tensor on the way into the vindex.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Transform {
+/// What happens to the values of a checkpoint tensor on the way into the vindex: they are put into another order, and
+/// then each is changed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Transform {
+    /// Which values are taken, and in which order.
+    pub order: Order,
+    /// What each becomes.
+    pub change: Change,
+}
+
+impl Transform {
     /// Nothing.
-    None,
-    /// Rows of each head are put into the interleaved order that ggml's rope of the llama
-    /// architecture expects.
+    pub const NONE: Transform = Transform {
+        order: Order::AsIs,
+        change: Change::None,
+    };
+
+    /// Another order alone.
+    pub const fn order(order: Order) -> Transform {
+        Transform {
+            order,
+            change: Change::None,
+        }
+    }
+
+    /// Other values alone.
+    pub const fn change(change: Change) -> Transform {
+        Transform {
+            order: Order::AsIs,
+            change,
+        }
+    }
+}
+
+/// Which values of a checkpoint tensor are taken, and in which order. A row is what the last dimension counts; the rows
+/// of a vector are its elements.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Order {
+    /// All, as they are.
+    AsIs,
+    /// Rows of each head are put into the interleaved order that ggml's rope of the llama architecture expects.
     InterleaveRope {
         /// How many heads the rows belong to.
         n_heads: u32,
     },
-    /// One is added to each value (Gemma's norms are stored around zero).
+    /// Heads that belong together are put apart: of `n_groups` groups of `n_each` heads, the first head of each group
+    /// comes first, then the second of each. What is before the heads stays.
+    TileHeads {
+        /// Rows before the heads.
+        n_before: u64,
+        /// Groups.
+        n_groups: u32,
+        /// Heads of a group.
+        n_each: u32,
+    },
+    /// The same with the heads within each row.
+    TileColumns {
+        /// Groups.
+        n_groups: u32,
+        /// Heads of a group.
+        n_each: u32,
+    },
+    /// The rows are `n_blocks` equal blocks; of all blocks the rows of the first range are taken, then those of the next.
+    Rows {
+        /// Blocks.
+        n_blocks: u32,
+        /// First row and one past the last, counted in a block.
+        ranges: Vec<[u64; 2]>,
+    },
+    /// Each second row, from `first` on; rows have `row_len` values.
+    Alternate {
+        /// 0 or 1.
+        first: u32,
+        /// Values of a row.
+        row_len: u64,
+    },
+    /// The rows are `n_blocks` equal blocks; the first `n_rows` rows of each block become columns.
+    Transposed {
+        /// Blocks.
+        n_blocks: u32,
+        /// Rows of a block that are taken.
+        n_rows: u64,
+    },
+    /// The same with all rows of each block, and of what become rows each second, from `first` on.
+    TransposedAlternate {
+        /// Blocks.
+        n_blocks: u32,
+        /// 0 or 1.
+        first: u32,
+    },
+}
+
+/// What each value becomes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Change {
+    /// Itself.
+    None,
+    /// One is added (norms that are stored around zero).
     AddOne,
+    /// `-exp(v)` (the decay of a recurrent state, stored as a logarithm).
+    NegativeExp,
 }
 
 /// A source tensor that the vindex does not hold.

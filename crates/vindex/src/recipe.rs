@@ -59,11 +59,10 @@ impl Recipe {
 
     /// The block type of the tensor called `name` in GGUF, of shape `ne` (row length first).
     ///
-    /// Vectors, norms and routers stay F32 in every recipe. A row that is not a whole number of blocks
+    /// Vectors, norms, routers and what else is small and sensitive stay F32 in every recipe. A row that is not a whole number of blocks
     /// falls back to a smaller block: Q8_0 (32 values), then F16 (1 value).
     pub fn block_type(self, name: &str, ne: &[u64]) -> BlockType {
-        if ne.len() < 2 || name.ends_with("_norm.weight") || name.ends_with(".ffn_gate_inp.weight")
-        {
+        if ne.len() < 2 || stays_f32(name) {
             return BlockType::F32;
         }
         let wanted = match self {
@@ -82,13 +81,37 @@ impl Recipe {
     }
 }
 
+/// Norms; biases and scales of experts; routers; and of a delta net the convolution and what decides about decay.
+fn stays_f32(name: &str) -> bool {
+    let Some(stem) = name.strip_suffix(".weight") else {
+        return true;
+    };
+    let kind = stem.rsplit('.').next().unwrap_or(stem);
+    stem.ends_with("_norm")
+        || matches!(
+            kind,
+            "ffn_gate_inp"
+                | "ffn_gate_inp_shexp"
+                | "ssm_conv1d"
+                | "ssm_alpha"
+                | "ssm_beta"
+                | "ssm_ba"
+        )
+}
+
 /// Tensors that lose most from four bits: values, down projections, embeddings, output head.
 fn is_sensitive(name: &str) -> bool {
     let stem = name.strip_suffix(".weight").unwrap_or(name);
     let kind = stem.rsplit('.').next().unwrap_or(stem);
     matches!(
         kind,
-        "attn_v" | "ffn_down" | "ffn_down_exps" | "token_embd" | "output"
+        "attn_v"
+            | "ffn_down"
+            | "ffn_down_exps"
+            | "ffn_down_shexp"
+            | "token_embd"
+            | "per_layer_token_embd"
+            | "output"
     )
 }
 

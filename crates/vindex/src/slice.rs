@@ -24,7 +24,7 @@ pub const SLICE_FILE: &str = "slice.json";
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Slice {
-    /// Every part.
+    /// Every part, those of blocks that predict further tokens included.
     Full,
     /// Metadata and feed-forward parts.
     ExpertServer,
@@ -53,7 +53,10 @@ impl Slice {
                 component,
                 Component::Metadata | Component::FeedForward { .. }
             ),
-            Slice::Attention => !matches!(component, Component::FeedForward { .. }),
+            Slice::Attention => !matches!(
+                component,
+                Component::FeedForward { .. } | Component::NextN { .. }
+            ),
         }
     }
 }

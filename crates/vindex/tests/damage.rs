@@ -7,7 +7,8 @@ use std::io::Write;
 use std::path::Path;
 
 use proptest::prelude::*;
-use support::{FAMILIES, copy_dir, extracted, flip};
+use support::goldens::goldens;
+use support::{copy_dir, extracted, extracted_from, flip};
 use vindex::{Error, Index, Recipe, Vindex, Wrong, WrongPart, read_header, verify};
 
 /// The wrong parts of a damaged vindex, as text.
@@ -341,9 +342,10 @@ fn sample_header() -> &'static [u8] {
 /// The families' own checkpoints are sound, so that the tests above damage something whole.
 #[test]
 fn every_family_verifies() {
-    for family in FAMILIES {
+    for golden in goldens() {
         let tmp = tempfile::tempdir().unwrap();
-        let id = extracted(family, Recipe::Q4k, tmp.path());
-        assert_eq!(verify(tmp.path(), &|_| ()).unwrap().id, id, "{family}");
+        let id = extracted_from(&golden.model, Recipe::Q4k, tmp.path());
+        let verified = verify(tmp.path(), &|_| ()).unwrap();
+        assert_eq!(verified.id, id, "{}", golden.family);
     }
 }

@@ -432,7 +432,7 @@ fn a_plan_that_does_not_fit_the_disk_is_refused_at_once() {
         block_type: quant::BlockType::F32,
         values: Values::Checkpoint {
             tensors: vec!["huge".to_owned()],
-            transform: Transform::None,
+            transform: Transform::NONE,
         },
     }];
     let out = tmp.path().join("out");

@@ -47,9 +47,9 @@ fn write_share(from: &Path, share: Share, to: &Path) {
 /// The header of every part but the first is determined by the index, for every family: it need not be fetched.
 #[test]
 fn headers_follow_from_the_index() {
-    for family in support::FAMILIES {
+    for golden in support::goldens::goldens() {
         let tmp = tempfile::tempdir().unwrap();
-        extracted(family, Recipe::Q4k, tmp.path());
+        support::extracted_from(&golden.model, Recipe::Q4k, tmp.path());
         let index = Vindex::open(tmp.path()).unwrap().index().clone();
         assert_eq!(part_header(&index, 0), None);
         for (i, part) in index.parts.iter().enumerate().skip(1) {

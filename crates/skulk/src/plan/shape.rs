@@ -50,7 +50,8 @@ impl Shape {
                 continue;
             };
             match part.component {
-                Component::Metadata => {}
+                // Blocks that predict further tokens are no part of a step.
+                Component::Metadata | Component::NextN { .. } => {}
                 Component::Embeddings => {
                     embeddings_bytes += tensor.size_bytes;
                     if tensor.name == "token_embd.weight" {

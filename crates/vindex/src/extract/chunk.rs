@@ -1,17 +1,18 @@
 //! A plan's tensors cut into chunks of bounded size, and what turns the bytes of one into blocks.
 //!
-//! Invariant: a chunk is a whole number of blocks and, where rows of a head change places, of heads; so chunks are
-//! independent of each other and the bytes of a tensor do not depend on how it was cut.
+//! Invariant: a chunk is a whole number of blocks, and knows which values of its source it is made of (`view.rs`); so
+//! chunks are independent of each other and the bytes of a tensor do not depend on how it was cut.
 
 use quant::BlockType;
 
+use super::view::{self, Span, View};
 use crate::checkpoint::{Checkpoint, Dtype, SourceTensor};
 use crate::error::Error;
 use crate::gguf;
-use crate::plan::{Plan, PlannedTensor, Transform, Values};
+use crate::plan::{Change, Plan, PlannedTensor, Values};
 
-/// A head that is larger than this is refused rather than held in memory.
-const MAX_HEAD_VALUES: u64 = 16 << 20;
+/// What cannot be cut and is larger than this is refused rather than held in memory.
+const MAX_CHUNK_VALUES: u64 = 32 << 20;
 /// Values that are converted at a time: as f32 they fit the second-level cache of a core.
 const TILE_VALUES: usize = 32 << 10;
 
@@ -24,7 +25,9 @@ pub(crate) struct Job<'a> {
     pub(crate) sources: Vec<JobSource<'a>>,
     /// Length of the blocks.
     pub(crate) size_bytes: u64,
-    permutation: Option<Permutation>,
+    /// What each source gives, in the order of the tensor: index of the source, and which of its values.
+    views: Vec<(usize, View)>,
+    change: Change,
 }
 
 /// A tensor of the checkpoint, of a type that we read.
@@ -36,27 +39,31 @@ pub(crate) struct JobSource<'a> {
     n_values: u64,
 }
 
-/// Rows of each head of `head_rows` rows change places.
-#[derive(Clone, Copy)]
-struct Permutation {
-    head_rows: usize,
-    row_len: usize,
-}
-
-/// Some consecutive values of one source of one job.
-#[derive(Clone, Copy)]
+/// Some consecutive values of one job.
+#[derive(Clone)]
 pub(crate) struct Chunk {
     /// Index of the job.
     pub(crate) job: usize,
     /// Index in [`Job::sources`].
     pub(crate) source: usize,
-    /// First value, counted in the source.
-    pub(crate) start: u64,
+    /// Which values of the source.
+    view: View,
+    /// What is read of it, one piece after another.
+    pub(crate) spans: Vec<Span>,
     pub(crate) n_values: usize,
     /// The last one of its source, so that what was counted in it can be told.
     pub(crate) ends_source: bool,
     /// The last one of its tensor: padding follows.
     pub(crate) ends_tensor: bool,
+}
+
+/// Values on their way, kept from chunk to chunk.
+#[derive(Default)]
+pub(crate) struct Scratch {
+    /// As they are read.
+    read: Vec<f32>,
+    /// As they are stored.
+    tile: Vec<f32>,
 }
 
 /// The jobs of the parts that `wanted` picks, in file order.
@@ -115,85 +122,103 @@ impl<'a> Job<'a> {
                     tensor,
                     sources: Vec::new(),
                     size_bytes,
-                    permutation: None,
+                    views: Vec::new(),
+                    change: Change::None,
                 });
             }
-            Values::Checkpoint { tensors, transform } => (tensors, *transform),
+            Values::Checkpoint { tensors, transform } => (tensors, transform),
         };
+        let block_len = tensor.block_type.block_len() as u64;
         let mut sources = Vec::new();
+        let mut views = Vec::new();
         for name in names {
             let source = JobSource::new(name, checkpoint)?;
-            if (names.len() as u64).checked_mul(source.n_values) != Some(n_values) {
-                let shape = &source.tensor.shape;
-                return Err(format!(
-                    "{} of shape {shape:?} like {name} do not make {:?}",
-                    names.len(),
-                    tensor.ne
-                ));
+            // The rows of a vector (a bias) are its elements.
+            let shape = &source.tensor.shape;
+            let row_len = if shape.len() > 1 {
+                *shape.last().unwrap_or(&1)
+            } else {
+                1
+            };
+            for view in view::views(&transform.order, source.n_values, row_len)? {
+                if !view.n_values().is_multiple_of(block_len) {
+                    return Err("it is made of no whole number of blocks".to_owned());
+                }
+                views.push((sources.len(), view));
             }
             sources.push(source);
         }
-        let block_len = tensor.block_type.block_len() as u64;
-        if sources.is_empty() || !(n_values / sources.len() as u64).is_multiple_of(block_len) {
-            return Err("it is made of no whole number of blocks".to_owned());
+        let planned: u64 = views.iter().map(|(_, view)| view.n_values()).sum();
+        if planned != n_values {
+            let shape = sources.first().map(|source| &source.tensor.shape);
+            return Err(format!(
+                "{} of shape {:?} like {} do not make {:?}",
+                names.len(),
+                shape.map_or(&[][..], Vec::as_slice),
+                names.first().map_or("nothing", String::as_str),
+                tensor.ne
+            ));
         }
-        let permutation = match transform {
-            Transform::None | Transform::AddOne => None,
-            Transform::InterleaveRope { n_heads } => {
-                Some(Permutation::new(tensor, sources[0].n_values, n_heads)?)
-            }
-        };
         Ok(Job {
             part,
             tensor,
             sources,
             size_bytes,
-            permutation,
+            views,
+            change: transform.change,
         })
     }
 
     /// Cuts the job into chunks of about `max_values`, given its own index.
-    pub(crate) fn chunks(&self, job: usize, max_values: usize) -> Vec<Chunk> {
-        let unit = match self.permutation {
-            Some(p) => p.head_rows * p.row_len,
-            None => self.tensor.block_type.block_len(),
-        };
-        let chunk_values = (max_values / unit).max(1) * unit;
-        let lengths: Vec<u64> = match &self.tensor.values {
-            Values::Computed { values } => vec![values.len() as u64],
-            Values::Checkpoint { .. } => {
-                self.sources.iter().map(|source| source.n_values).collect()
-            }
+    ///
+    /// # Errors
+    /// [`Error::Plan`] when rows change places so far that a piece would not fit the memory.
+    pub(crate) fn chunks(&self, job: usize, max_values: usize) -> Result<Vec<Chunk>, Error> {
+        let block_len = self.tensor.block_type.block_len() as u64;
+        let computed = match &self.tensor.values {
+            Values::Computed { values } => Some((0, View::range(values.len() as u64))),
+            Values::Checkpoint { .. } => None,
         };
         let mut chunks = Vec::new();
-        for (source, &len) in lengths.iter().enumerate() {
-            let mut start = 0;
-            while start < len {
-                let n_values = (len - start).min(chunk_values as u64) as usize;
-                let ends_source = start + n_values as u64 == len;
-                let ends_tensor = ends_source && source + 1 == lengths.len();
-                chunks.push(Chunk {
-                    job,
-                    source,
-                    start,
-                    n_values,
-                    ends_source,
-                    ends_tensor,
-                });
-                start += n_values as u64;
+        for (source, view) in computed.iter().chain(&self.views) {
+            let mut pieces = Vec::new();
+            if computed.is_some() {
+                pieces.push(view.clone());
+            } else {
+                view.cut(max_values as u64, block_len, &mut pieces);
             }
+            chunks.extend(pieces.into_iter().map(|view| Chunk {
+                job,
+                source: *source,
+                spans: view.spans(),
+                n_values: view.n_values() as usize,
+                view,
+                ends_source: false,
+                ends_tensor: false,
+            }));
         }
-        chunks
+        let last = chunks.len() - 1;
+        for i in 0..chunks.len() {
+            chunks[i].ends_tensor = i == last;
+            chunks[i].ends_source = i == last || chunks[i + 1].source != chunks[i].source;
+        }
+        match chunks.iter().map(Chunk::read_values).max() {
+            Some(n) if n > MAX_CHUNK_VALUES => Err(Error::Plan {
+                tensor: self.tensor.name.clone(),
+                reason: format!("its rows change places within {n} values, which cannot be held"),
+            }),
+            _ => Ok(chunks),
+        }
     }
 
     /// The blocks of `chunk`, whose bytes in the checkpoint are `raw`, are put into `blocks`, followed by the
-    /// padding after the tensor's last chunk. `tile` is scratch. Returns how many values are NaN,
-    /// infinite, or too large for the type that they are stored in.
+    /// padding after the tensor's last chunk. Returns how many values are NaN, infinite, or too large for the type
+    /// that they are stored in.
     pub(crate) fn encode(
         &self,
         chunk: &Chunk,
         raw: &[u8],
-        tile: &mut Vec<f32>,
+        scratch: &mut Scratch,
         blocks: &mut Vec<u8>,
     ) -> u64 {
         let block_type = self.tensor.block_type;
@@ -206,34 +231,53 @@ impl<'a> Job<'a> {
         fit(blocks, n_bytes + padding as usize);
         blocks[n_bytes..].fill(0);
         let blocks = &mut blocks[..n_bytes];
-        let (dtype, transform) = match &self.tensor.values {
-            Values::Computed { values } => {
-                quant::encode(block_type, values, blocks);
-                return n_nonfinite(block_type, values);
-            }
-            Values::Checkpoint { transform, .. } => (self.sources[chunk.source].dtype, *transform),
+        if let Values::Computed { values } = &self.tensor.values {
+            quant::encode(block_type, values, blocks);
+            return n_nonfinite(block_type, values);
+        }
+        let dtype = self.sources[chunk.source].dtype;
+        let change_and_encode = |values: &mut [f32], blocks: &mut [u8]| {
+            change(self.change, values);
+            quant::encode(block_type, values, blocks);
+            n_nonfinite(block_type, values)
         };
-        let tile_values = match self.permutation {
-            Some(p) => p.head_rows * p.row_len,
-            None => TILE_VALUES.next_multiple_of(block_type.block_len()),
-        };
+        let Scratch { read, tile } = scratch;
+        if !chunk.view.is_range() {
+            read.resize(raw.len() / dtype.block_bytes(), 0.0);
+            tile.resize(chunk.n_values, 0.0);
+            quant::decode(dtype, raw, read);
+            chunk.view.gather(&chunk.spans, read, tile);
+            return change_and_encode(tile, blocks);
+        }
+        let tile_values = TILE_VALUES.next_multiple_of(block_type.block_len());
         tile.resize(tile_values, 0.0);
         let raw_tiles = raw.chunks(block_bytes(dtype, tile_values));
         let block_tiles = blocks.chunks_mut(block_bytes(block_type, tile_values));
         let mut n_bad = 0;
         for (raw, blocks) in raw_tiles.zip(block_tiles) {
             let values = &mut tile[..raw.len() / dtype.block_bytes()];
-            match self.permutation {
-                Some(p) => p.decode(dtype, raw, values),
-                None => quant::decode(dtype, raw, values),
-            }
-            if transform == Transform::AddOne {
-                values.iter_mut().for_each(|v| *v += 1.0);
-            }
-            n_bad += n_nonfinite(block_type, values);
-            quant::encode(block_type, values, blocks);
+            quant::decode(dtype, raw, values);
+            n_bad += change_and_encode(values, blocks);
         }
         n_bad
+    }
+}
+
+impl Chunk {
+    /// Values that are read for it.
+    pub(crate) fn read_values(&self) -> u64 {
+        self.spans.iter().map(|span| span.n_values).sum()
+    }
+}
+
+fn change(change: Change, values: &mut [f32]) {
+    match change {
+        Change::None => {}
+        Change::AddOne => values.iter_mut().for_each(|v| *v += 1.0),
+        // In double precision, so that every machine rounds to the same single.
+        Change::NegativeExp => values
+            .iter_mut()
+            .for_each(|v| *v = -f64::from(*v).exp() as f32),
     }
 }
 
@@ -261,55 +305,13 @@ impl<'a> JobSource<'a> {
         })
     }
 
-    /// Which bytes of the source's file `chunk` is.
-    pub(crate) fn range(&self, chunk: &Chunk) -> (u64, usize) {
-        let value_bytes = self.dtype.block_bytes();
+    /// Which bytes of the source's file `span` is.
+    pub(crate) fn range(&self, span: Span) -> (u64, usize) {
+        let value_bytes = self.dtype.block_bytes() as u64;
         (
-            self.tensor.offset_bytes + chunk.start * value_bytes as u64,
-            chunk.n_values * value_bytes,
+            self.tensor.offset_bytes + span.start * value_bytes,
+            (span.n_values * value_bytes) as usize,
         )
-    }
-}
-
-impl Permutation {
-    fn new(tensor: &PlannedTensor, n_values: u64, n_heads: u32) -> Result<Permutation, String> {
-        // The rows of a vector (a bias) are its elements.
-        let row_len = if tensor.ne.len() > 1 { tensor.ne[0] } else { 1 };
-        let n_rows = n_values / row_len.max(1);
-        let n_heads = u64::from(n_heads);
-        if n_heads == 0 || !n_rows.is_multiple_of(2 * n_heads) {
-            return Err(format!(
-                "{n_rows} rows are not {n_heads} heads of an even number of rows"
-            ));
-        }
-        let head_rows = n_rows / n_heads;
-        let n_values = head_rows
-            .checked_mul(row_len)
-            .filter(|&n| n <= MAX_HEAD_VALUES);
-        match n_values {
-            Some(n) if n.is_multiple_of(tensor.block_type.block_len() as u64) => Ok(Permutation {
-                head_rows: head_rows as usize,
-                row_len: row_len as usize,
-            }),
-            _ => Err(format!(
-                "a head of {head_rows} rows of {row_len} cannot be reordered"
-            )),
-        }
-    }
-
-    /// One head. Row `i` of the first half goes to row `2i`, row `i` of the second half to `2i + 1`: what is a pair
-    /// at distance `head_rows / 2` in the checkpoint is a pair of neighbours in ggml's rope of the llama architecture.
-    fn decode(self, dtype: BlockType, raw: &[u8], values: &mut [f32]) {
-        let row_bytes = block_bytes(dtype, self.row_len);
-        let (first, second) = raw.split_at(raw.len() / 2);
-        let pairs = first
-            .chunks_exact(row_bytes)
-            .zip(second.chunks_exact(row_bytes));
-        for ((first, second), out) in pairs.zip(values.chunks_exact_mut(2 * self.row_len)) {
-            let (even, odd) = out.split_at_mut(self.row_len);
-            quant::decode(dtype, first, even);
-            quant::decode(dtype, second, odd);
-        }
     }
 }
 

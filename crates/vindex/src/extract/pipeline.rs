@@ -21,7 +21,7 @@ use std::thread;
 use sha2::{Digest, Sha256};
 
 use super::Progress;
-use super::chunk::{Chunk, Job, fit};
+use super::chunk::{Chunk, Job, Scratch, fit};
 use super::journal::{FinishedPart, Journal};
 use super::layout::Layout;
 use crate::error::Error;
@@ -60,12 +60,16 @@ pub(crate) struct Run<'a> {
 pub(crate) fn run(run: &Run<'_>, wanted: &[usize], journal: &mut Journal) -> Result<(), Error> {
     let window_size = N_READERS + 2 * run.n_threads;
     let max_values = (VALUES_IN_FLIGHT / window_size).clamp(1, CHUNK_VALUES_MAX);
-    let chunks: Vec<Chunk> = run
-        .jobs
-        .iter()
-        .enumerate()
-        .flat_map(|(i, job)| job.chunks(i, max_values))
-        .collect();
+    let mut chunks: Vec<Chunk> = Vec::new();
+    for (i, job) in run.jobs.iter().enumerate() {
+        chunks.extend(job.chunks(i, max_values)?);
+    }
+    // Where some chunks cannot be as small as that, fewer are on their way.
+    let largest = chunks.iter().map(Chunk::read_values).max().unwrap_or(0);
+    let window_size = match VALUES_IN_FLIGHT as u64 / (largest + 1) {
+        n if n < window_size as u64 => n.max(1) as usize,
+        _ => window_size,
+    };
     let window = Window::new(window_size);
     let spare = Spare::default();
     let (to_encoders, from_readers) = channel();
@@ -147,18 +151,21 @@ fn read(
             // Computed values have no source.
             None => Ok(Vec::new()),
             Some(source) => {
-                let (offset_bytes, len) = source.range(chunk);
-                let mut raw = spare.take();
-                fit(&mut raw, len);
                 let file = &source.tensor.file;
-                run.source
-                    .read_at(file, offset_bytes, &mut raw)
-                    .map(|()| raw)
-                    .map_err(|e| Error::Values {
-                        file: file.clone(),
-                        tensor: source.name.to_owned(),
-                        source: e,
-                    })
+                let ranges = chunk.spans.iter().map(|&span| source.range(span));
+                let mut raw = spare.take();
+                fit(&mut raw, ranges.clone().map(|(_, len)| len).sum());
+                let mut left = raw.as_mut_slice();
+                let read = ranges.clone().try_for_each(|(offset_bytes, len)| {
+                    let (piece, rest) = std::mem::take(&mut left).split_at_mut(len);
+                    left = rest;
+                    run.source.read_at(file, offset_bytes, piece)
+                });
+                read.map(|()| raw).map_err(|e| Error::Values {
+                    file: file.clone(),
+                    tensor: source.name.to_owned(),
+                    source: e,
+                })
             }
         };
         if to_encoders.send(Numbered { seq, value }).is_err() {
@@ -176,7 +183,7 @@ fn encode(
     to_writer: &Sender<Numbered<Blocks>>,
 ) {
     let _guard = StopOnPanic(window);
-    let mut tile = Vec::new();
+    let mut scratch = Scratch::default();
     loop {
         let Ok(Numbered { seq, value }) = lock(from_readers).recv() else {
             return;
@@ -184,7 +191,7 @@ fn encode(
         let value = value.map(|raw| {
             let mut bytes = spare.take();
             let chunk = &chunks[seq];
-            let n_nonfinite = run.jobs[chunk.job].encode(chunk, &raw, &mut tile, &mut bytes);
+            let n_nonfinite = run.jobs[chunk.job].encode(chunk, &raw, &mut scratch, &mut bytes);
             spare.give(raw);
             Blocks { bytes, n_nonfinite }
         });
@@ -248,7 +255,7 @@ fn write(
             file.write_all(&bytes).map_err(Error::io("write", &path))?;
             if to_hasher
                 .send(Written::Chunk {
-                    chunk: *chunk,
+                    chunk: chunk.clone(),
                     bytes,
                 })
                 .is_err()

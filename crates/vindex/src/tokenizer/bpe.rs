@@ -7,7 +7,7 @@
 use std::collections::{HashMap, HashSet};
 
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::{TokenType, Vocabulary, added_token, filler, pre};
 use crate::error::Error;
@@ -15,6 +15,8 @@ use crate::error::Error;
 const FILE: &str = "tokenizer.json";
 /// Score of tokens that no merge makes.
 const UNMERGED_SCORE: f32 = -1_000_000.0;
+/// Score of every token of Gemma 4, which merges by rank; the converter's number.
+const GEMMA4_SCORE: f32 = -1_000.0;
 /// Longest token whose every division in two is looked up.
 const TOKEN_BYTES_MAX: usize = 1024;
 
@@ -114,6 +116,113 @@ pub(super) fn vocabulary(
     n_vocab: usize,
 ) -> Result<Vocabulary, Error> {
     let model = model(text, &json.model)?;
+    let (tokens, types) = rows(&model, json, n_vocab)?;
+    if model.byte_fallback {
+        scored(json, &model, tokens, types)
+    } else if pre::has_byte_level(&json.decoder) {
+        let (pre, warning) = pre::name(&json.pre_tokenizer, model.ignore_merges);
+        Ok(Vocabulary {
+            model: "gpt2",
+            pre: Some(pre),
+            tokens,
+            scores: None,
+            types,
+            merges: Some(model.merges.iter().map(Merge::line).collect()),
+            add_space_prefix: None,
+            warnings: warning.into_iter().collect(),
+        })
+    } else {
+        Err(bad(
+            "its BPE is neither over bytes (ByteLevel) nor with byte fallback; such a tokenizer cannot be extracted".to_owned(),
+        ))
+    }
+}
+
+/// Gemma 4's: BPE over characters with byte fallback that llama.cpp merges by rank. It shows the tokens that are written
+/// around thoughts and calls of tools, so that a chat can be read, and takes for control tokens those that
+/// `tokenizer_config.json` names.
+pub(super) fn gemma4(
+    text: &str,
+    json: &TokenizerJson,
+    settings: Option<&Map<String, Value>>,
+    n_vocab: usize,
+) -> Result<Vocabulary, Error> {
+    const SHOWN: [&str; 7] = [
+        "<|channel>",
+        "<channel|>",
+        "<|tool_call>",
+        "<tool_call|>",
+        "<|tool_response>",
+        "<tool_response|>",
+        "<|\"|>",
+    ];
+    let model = model(text, &json.model)?;
+    if !model.byte_fallback {
+        return Err(bad(
+            "its BPE has no byte fallback, which Gemma's has".to_owned()
+        ));
+    }
+    let named = named_tokens(settings);
+    let (mut tokens, mut types) = rows(&model, json, n_vocab)?;
+    for (token, kind) in tokens.iter_mut().zip(&mut types) {
+        *kind = match token.as_str() {
+            _ if *kind == TokenType::Unused => *kind,
+            shown if SHOWN.contains(&shown) => TokenType::UserDefined,
+            byte if is_byte(byte) => TokenType::Byte,
+            named_one if named.contains(named_one) => TokenType::Control,
+            _ => TokenType::Normal,
+        };
+    }
+    for added in &json.added_tokens {
+        // Tokens beside the vocabulary proper are written by users, unless they are named.
+        if let (Some(row), false) = (
+            types.get_mut(added.id as usize),
+            model.vocab.contains_key(&added.content),
+        ) && *row == TokenType::Normal
+        {
+            *row = TokenType::UserDefined;
+        }
+        tokens[added.id as usize].clone_from(&added.content);
+    }
+    Ok(Vocabulary {
+        model: "gemma4",
+        pre: None,
+        scores: Some(vec![GEMMA4_SCORE; tokens.len()]),
+        tokens,
+        types,
+        merges: Some(model.merges.iter().map(Merge::line).collect()),
+        add_space_prefix: Some(false),
+        warnings: Vec::new(),
+    })
+}
+
+/// Contents of the keys that name one special token (`bos_token`, `image_token` …) or list some.
+fn named_tokens(settings: Option<&Map<String, Value>>) -> HashSet<&str> {
+    fn content(v: &Value) -> Option<&str> {
+        v.as_str().or_else(|| v.get("content")?.as_str())
+    }
+    let mut named = HashSet::new();
+    for (key, value) in settings.into_iter().flatten() {
+        match value {
+            Value::Array(list) if key.ends_with("special_tokens") => {
+                named.extend(list.iter().filter_map(content));
+            }
+            Value::Object(map) if key.ends_with("special_tokens") => {
+                named.extend(map.values().filter_map(content));
+            }
+            one if key.ends_with("_token") => named.extend(content(one)),
+            _ => {}
+        }
+    }
+    named
+}
+
+/// Text and type of each of `n_vocab` tokens.
+fn rows(
+    model: &Model,
+    json: &TokenizerJson,
+    n_vocab: usize,
+) -> Result<(Vec<String>, Vec<TokenType>), Error> {
     let mut rows: Vec<Option<(&str, TokenType)>> = vec![None; n_vocab];
     for (token, &id) in &model.vocab {
         let row = rows
@@ -143,25 +252,7 @@ pub(super) fn vocabulary(
         tokens.push(token);
         types.push(kind);
     }
-    if model.byte_fallback {
-        scored(json, &model, tokens, types)
-    } else if pre::has_byte_level(&json.decoder) {
-        let (pre, warning) = pre::name(&json.pre_tokenizer, model.ignore_merges);
-        Ok(Vocabulary {
-            model: "gpt2",
-            pre,
-            tokens,
-            scores: None,
-            types,
-            merges: Some(model.merges.iter().map(Merge::line).collect()),
-            add_space_prefix: None,
-            warnings: warning.into_iter().collect(),
-        })
-    } else {
-        Err(bad(
-            "its BPE is neither over bytes (ByteLevel) nor with byte fallback; such a tokenizer cannot be extracted".to_owned(),
-        ))
-    }
+    Ok((tokens, types))
 }
 
 /// Merging by rank as merging by score: llama.cpp joins the pair whose result has the highest score, so a token's
@@ -227,7 +318,7 @@ fn scored(
     }
     Ok(Vocabulary {
         model: "llama",
-        pre: "default",
+        pre: Some("default"),
         tokens,
         scores: Some(scores),
         types,

@@ -35,8 +35,8 @@ pub(crate) struct Tokenizer {
 struct Vocabulary {
     /// `tokenizer.ggml.model`.
     model: &'static str,
-    /// `tokenizer.ggml.pre`.
-    pre: &'static str,
+    /// `tokenizer.ggml.pre`; None where the model says it all.
+    pre: Option<&'static str>,
     tokens: Vec<String>,
     /// Only where the model merges by score.
     scores: Option<Vec<f32>>,
@@ -74,10 +74,14 @@ pub(crate) fn read(
         files.json_if_any("tokenizer_config.json", SMALL_BYTES_MAX)?;
     let parsed = json.as_deref().map(bpe::parse).transpose()?;
     let n_rows = n_vocab as usize;
-    let vocabulary = match (
-        files.read("tokenizer.model", SMALL_BYTES_MAX)?,
-        json.as_deref().zip(parsed.as_ref()),
-    ) {
+    let sentencepiece = match family.writes.gemma4_tokenizer {
+        true => None,
+        false => files.read("tokenizer.model", SMALL_BYTES_MAX)?,
+    };
+    let vocabulary = match (sentencepiece, json.as_deref().zip(parsed.as_ref())) {
+        (None, Some((text, parsed))) if family.writes.gemma4_tokenizer => {
+            bpe::gemma4(text, parsed, settings.as_ref(), n_rows)?
+        }
         (Some(model), _) => {
             let added = files
                 .json_if_any("added_tokens.json", SMALL_BYTES_MAX)?
@@ -106,7 +110,9 @@ pub(crate) fn read(
         add_space_prefix = Some(prefix);
     }
     put("ggml.model", MetaValue::String(vocabulary.model.to_owned()));
-    put("ggml.pre", MetaValue::String(vocabulary.pre.to_owned()));
+    if let Some(pre) = vocabulary.pre {
+        put("ggml.pre", MetaValue::String(pre.to_owned()));
+    }
     put(
         "ggml.tokens",
         MetaValue::Array(MetaArray::Strings(vocabulary.tokens)),

@@ -115,7 +115,7 @@ pub(super) fn vocabulary(
     }
     Ok(Vocabulary {
         model: "llama",
-        pre: "default",
+        pre: Some("default"),
         tokens,
         scores: Some(scores),
         types,

@@ -16,12 +16,13 @@ use std::path::Path;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use vindex::{
-    Component, Error, LocalDir, MetaArray, MetaValue, Origin, Plan, PlannedTensor, Recipe,
-    RopeScaling, Source, Transform, Values, plan,
+    Change, Component, Error, LocalDir, MetaArray, MetaValue, Order, Origin, Plan, PlannedTensor,
+    Recipe, RopeScaling, Source, Transform, Values, plan,
 };
 
 use changed::{Changed, ONE};
-use support::{FAMILIES, checkpoint_dir, fixtures};
+use support::goldens::{self, Golden};
+use support::{checkpoint_dir, fixtures};
 
 /// The converter derives these from the name of a directory or of an upstream repository; ours is the model's name.
 const NAMED_BY_DIRECTORY: [&str; 4] = [
@@ -42,10 +43,8 @@ fn plan_of(dir: &Path, recipe: Recipe) -> Result<Plan, Error> {
     plan(&LocalDir::open(dir)?, recipe)
 }
 
-fn golden(family: &str) -> Value {
-    let text = fs::read_to_string(fixtures().join("gguf").join(family).with_extension("json"));
-    let text = text.unwrap();
-    serde_json::from_str(&text).unwrap()
+fn converted(golden: &Golden) -> Value {
+    serde_json::from_str(&fs::read_to_string(&golden.gguf).unwrap()).unwrap()
 }
 
 fn tensors(plan: &Plan) -> impl Iterator<Item = &PlannedTensor> {
@@ -54,12 +53,13 @@ fn tensors(plan: &Plan) -> impl Iterator<Item = &PlannedTensor> {
 
 #[test]
 fn tensors_are_those_of_the_converter() {
-    for family in FAMILIES {
-        let plan = plan_of(&checkpoint_dir(family), Recipe::F32).unwrap();
+    for golden in goldens::goldens() {
+        let family = &golden.family;
+        let plan = plan_of(&golden.model, Recipe::F32).unwrap();
         let ours: BTreeMap<&str, Value> = tensors(&plan)
             .map(|t| (t.name.as_str(), json!([t.ne, t.block_type.name()])))
             .collect();
-        let golden = golden(family);
+        let golden = converted(&golden);
         let theirs: BTreeMap<&str, Value> = golden["tensors"]
             .as_array()
             .unwrap()
@@ -77,9 +77,10 @@ fn tensors_are_those_of_the_converter() {
 
 #[test]
 fn metadata_is_that_of_the_converter() {
-    for family in FAMILIES {
-        let plan = plan_of(&checkpoint_dir(family), Recipe::F32).unwrap();
-        let golden = golden(family);
+    for golden in goldens::goldens() {
+        let family = &golden.family;
+        let plan = plan_of(&golden.model, Recipe::F32).unwrap();
+        let golden = converted(&golden);
         let theirs: BTreeMap<&str, Value> = golden["metadata"]
             .as_object()
             .unwrap()
@@ -90,7 +91,7 @@ fn metadata_is_that_of_the_converter() {
         let ours: BTreeMap<&str, Value> = plan
             .metadata
             .iter()
-            .map(|(key, value)| (key.as_str(), described(value)))
+            .map(|(key, value)| (key.as_str(), described(key, value)))
             .filter(|(key, _)| !NAMED_BY_DIRECTORY.contains(key) && !OURS.contains(key))
             .collect();
         for (key, value) in &theirs {
@@ -114,10 +115,14 @@ fn metadata_is_that_of_the_converter() {
     }
 }
 
-/// A value as the golden files describe it: arrays by length and by the sha256 of their canonical JSON.
-fn described(value: &MetaValue) -> Value {
-    let array = |elem: &str, len: usize, text: String| {
-        let sha256: String = Sha256::digest(text)
+/// A value as the golden files describe it: arrays of tokenizers by length and by the sha256 of their canonical JSON.
+fn described(key: &str, value: &MetaValue) -> Value {
+    let array = |elem: &str, values: Value| {
+        if !key.starts_with("tokenizer.") {
+            return json!({"type": "ARRAY", "elem": elem, "value": values});
+        }
+        let len = values.as_array().unwrap().len();
+        let sha256: String = Sha256::digest(values.to_string())
             .iter()
             .map(|b| format!("{b:02x}"))
             .collect();
@@ -128,15 +133,12 @@ fn described(value: &MetaValue) -> Value {
         MetaValue::F32(n) => json!({"type": "FLOAT32", "value": f64::from(*n)}),
         MetaValue::Bool(b) => json!({"type": "BOOL", "value": b}),
         MetaValue::String(s) => json!({"type": "STRING", "value": s}),
-        MetaValue::Array(MetaArray::Strings(v)) => {
-            array("STRING", v.len(), serde_json::to_string(v).unwrap())
-        }
-        MetaValue::Array(MetaArray::I32s(v)) => {
-            array("INT32", v.len(), serde_json::to_string(v).unwrap())
-        }
+        MetaValue::Array(MetaArray::Strings(v)) => array("STRING", json!(v)),
+        MetaValue::Array(MetaArray::I32s(v)) => array("INT32", json!(v)),
+        MetaValue::Array(MetaArray::Bools(v)) => array("BOOL", json!(v)),
         MetaValue::Array(MetaArray::F32s(v)) => {
             let doubles: Vec<f64> = v.iter().map(|&x| x.into()).collect();
-            array("FLOAT32", v.len(), serde_json::to_string(&doubles).unwrap())
+            array("FLOAT32", json!(doubles))
         }
         other => panic!("no golden has {other:?}"),
     }
@@ -160,7 +162,7 @@ fn rope_factors_are_those_of_the_converter() {
         .iter()
         .map(|b| format!("{b:02x}"))
         .collect();
-    let golden = golden("llama3");
+    let golden = converted(&goldens::golden("llama3").unwrap());
     let theirs = golden["tensors"]
         .as_array()
         .unwrap()
@@ -175,29 +177,29 @@ fn quirks_of_the_families_become_numbers_and_transforms() {
     let of = |family: &str| plan_of(&checkpoint_dir(family), Recipe::F32).unwrap();
     let transform =
         |plan: &Plan, name: &str| match &tensors(plan).find(|t| t.name == name).unwrap().values {
-            Values::Checkpoint { transform, .. } => *transform,
+            Values::Checkpoint { transform, .. } => transform.clone(),
             computed => panic!("{computed:?}"),
         };
     let llama = of("llama");
     assert_eq!(
         transform(&llama, "blk.1.attn_q.weight"),
-        Transform::InterleaveRope { n_heads: 4 }
+        Transform::order(Order::InterleaveRope { n_heads: 4 })
     );
     assert_eq!(
         transform(&llama, "blk.1.attn_k.weight"),
-        Transform::InterleaveRope { n_heads: 2 }
+        Transform::order(Order::InterleaveRope { n_heads: 2 })
     );
-    assert_eq!(transform(&llama, "blk.1.attn_v.weight"), Transform::None);
+    assert_eq!(transform(&llama, "blk.1.attn_v.weight"), Transform::NONE);
     assert_eq!(
         transform(&of("qwen2"), "blk.0.attn_q.bias"),
-        Transform::None
+        Transform::NONE
     );
 
     let gemma3 = of("gemma3");
     for norm in ["output_norm", "blk.5.attn_q_norm", "blk.0.post_ffw_norm"] {
         assert_eq!(
             transform(&gemma3, &format!("{norm}.weight")),
-            Transform::AddOne
+            Transform::change(Change::AddOne)
         );
     }
     let window = gemma3.config.attention.sliding_window.unwrap();

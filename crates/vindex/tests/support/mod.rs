@@ -14,18 +14,7 @@ use vindex::{
     Error, ExtractOptions, LocalDir, Plan, Progress, Recipe, Source, VindexId, extract, plan,
 };
 
-/// Every family with a checkpoint in the repository.
-pub const FAMILIES: [&str; 9] = [
-    "gemma2",
-    "gemma3",
-    "llama",
-    "llama3",
-    "mistral",
-    "mixtral",
-    "qwen2",
-    "qwen3",
-    "qwen3_moe",
-];
+pub mod goldens;
 
 pub fn fixtures() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures")
@@ -81,7 +70,12 @@ pub fn run_plan(
 
 /// A finished vindex of a fixture.
 pub fn extracted(family: &str, recipe: Recipe, out: &Path) -> VindexId {
-    let source = LocalDir::open(&checkpoint_dir(family)).unwrap();
+    extracted_from(&checkpoint_dir(family), recipe, out)
+}
+
+/// A finished vindex of a checkpoint.
+pub fn extracted_from(checkpoint: &Path, recipe: Recipe, out: &Path) -> VindexId {
+    let source = LocalDir::open(checkpoint).unwrap();
     run(&source, recipe, out, &OPTIONS).0.unwrap()
 }
 
