@@ -11,6 +11,7 @@
 //!   normed   (n, hidden)                  RMS norm of x; the router says which experts each row visits
 //!   visited  (n_visits, hidden)           from whoever holds the feed-forward weights
 //!   delta    (n, hidden)                  weighted sum in the router's order, post norm;  x += delta
+//!   x        (n, hidden)                  + what the layer makes of its own embedding of the token, times the layer's scale
 //! logits   (rows asked for, vocab)        RMS norm, output head, soft cap
 //! ```
 //!
@@ -18,21 +19,24 @@
 //! sequences beside it, on threads, or on who computes the feed-forward rows. A step that fails leaves every sequence as
 //! it was. Left out: which tokens come next and whose turn it is.
 
+pub(crate) mod own_embeddings;
+mod routes;
+
 use std::sync::Arc;
 
-use quant::Activations;
-use vindex::Config;
+use quant::{Activations, Matrix};
 
 use crate::collector::{Collector, Watch};
-use crate::ffn::{Batch, FeedForward, FfnError, Visit};
+use crate::ffn::{FeedForward, FfnError};
 use crate::kv::{OutOfPages, Sequence};
 use crate::mixer::{self, Room, Span};
 use crate::model::{Layer, Model};
-use crate::router::route;
 use crate::rows::{
-    add, add_weighted, fill, multiply, rms_norm, rms_norm_in_place, rows_per_task, sized, softcap,
+    add, fill, multiply, rms_norm, rms_norm_in_place, rows_per_task, sized, softcap,
 };
 use crate::threads::Pool;
+use own_embeddings::OwnEmbeddings;
+use routes::Routes;
 
 /// New tokens of one sequence.
 #[derive(Debug)]
@@ -115,11 +119,10 @@ struct Buffers {
     logits: Vec<f32>,
     /// `(n, n_pairs)`: cosine and sine, of all layers and of those that slide.
     angles: [Vec<[f32; 2]>; 2],
-    /// `(n, n_experts)`.
-    router_logits: Vec<f32>,
-    /// `(n, n_used)`, with the weight of each visit.
-    visits: Vec<Visit>,
-    weights: Vec<f32>,
+    /// Which experts the rows visit.
+    routes: Routes,
+    /// What layers make of embeddings of their own.
+    own_embeddings: OwnEmbeddings,
     /// Rows as the products take them.
     activations: Activations,
     /// What mixers keep.
@@ -253,21 +256,18 @@ impl Forward {
         let config = model.config();
         let n: usize = works.iter().map(|work| work.tokens.len()).sum();
         buffers.embed(model, works, n, pool);
+        buffers.embed_for_layers(model, works, n, pool);
         buffers.angles(model, works, n);
         for (l, layer) in model.layers.iter().enumerate() {
             buffers.mix(model, layer, works, n, pool);
             buffers.route(model, layer, n, pool);
-            let hidden = config.hidden as usize;
-            let batch = Batch {
-                rows: &buffers.normed[..n * hidden],
-                visits: &buffers.visits,
-            };
-            let visited = sized(&mut buffers.visited, batch.visits.len() * hidden);
+            let (batch, visited) = buffers.batch(layer, n);
             if *rests {
                 pool.rest();
             }
             ffn.forward(l as u32, batch, visited)?;
             buffers.add_visited(config, layer, n, pool);
+            buffers.end_layer(model, l, layer, n, pool);
         }
         Ok(buffers.logits(model, works, pool))
     }
@@ -279,17 +279,8 @@ impl Buffers {
         let config = model.config();
         let hidden = config.hidden as usize;
         let w = model.embeddings.matrix(model.vindex());
-        let row_bytes = w.bytes.len() / w.n_rows;
-        let tokens = works.iter().flat_map(|work| work.tokens);
-        let rows = sized(&mut self.x, n * hidden)
-            .chunks_exact_mut(hidden)
-            .zip(tokens);
-        let embed = |(row, &token): (&mut [f32], &u32)| {
-            let bytes = &w.bytes[token as usize * row_bytes..][..row_bytes];
-            quant::decode(w.block_type, bytes, row);
-            row.iter_mut().for_each(|x| *x *= config.embedding_scale);
-        };
-        pool.for_each(rows, embed);
+        let x = sized(&mut self.x, n * hidden);
+        look_up(w, works, config.embedding_scale, x, pool);
     }
 
     /// Fills the angles of each row's position.
@@ -370,76 +361,6 @@ impl Buffers {
         });
     }
 
-    /// Fills `visits` and `weights`: which experts the rows of `normed` go through.
-    fn route(&mut self, model: &Model, layer: &Layer, n: usize, pool: &Pool) {
-        self.visits.clear();
-        let (Some(router), Some(experts)) = (&layer.router, &model.config().experts) else {
-            self.visits
-                .extend((0..n as u32).map(|row| Visit { row, expert: 0 }));
-            return;
-        };
-        let w = router.matrix(model.vindex());
-        fill(
-            &mut self.activations,
-            &self.normed[..n * w.n_cols],
-            w.n_cols,
-            &[w.block_type],
-            pool,
-        );
-        let logits = sized(&mut self.router_logits, n * w.n_rows);
-        multiply(w, self.activations.all(), logits, pool);
-        let n_used = experts.n_used as usize;
-        let weights = sized(&mut self.weights, n * n_used);
-        let mut chosen = vec![0; n_used];
-        let rows = logits
-            .chunks_exact_mut(w.n_rows)
-            .zip(weights.chunks_exact_mut(n_used));
-        for (row, (logits, weights)) in rows.enumerate() {
-            route(experts, logits, &mut chosen, weights);
-            self.visits.extend(chosen.iter().map(|&expert| Visit {
-                row: row as u32,
-                expert,
-            }));
-        }
-    }
-
-    /// Adds the feed-forward rows to `x`.
-    fn add_visited(&mut self, config: &Config, layer: &Layer, n: usize, pool: &Pool) {
-        let hidden = config.hidden as usize;
-        let n_used = config.experts.map_or(1, |experts| experts.n_used as usize);
-        let weights = config.experts.map(|_| &self.weights[..n * n_used]);
-        let visited = &self.visited[..n * n_used * hidden];
-        let n_rows = rows_per_task(n, pool.n_threads());
-        let tasks = self.x[..n * hidden]
-            .chunks_mut(n_rows * hidden)
-            .zip(self.delta[..n * hidden].chunks_mut(n_rows * hidden))
-            .zip(visited.chunks(n_rows * n_used * hidden))
-            .enumerate();
-        pool.for_each(tasks, |(task, ((x, delta), visited))| {
-            let rows = x
-                .chunks_exact_mut(hidden)
-                .zip(delta.chunks_exact_mut(hidden));
-            for (i, ((x, delta), visited)) in
-                rows.zip(visited.chunks_exact(n_used * hidden)).enumerate()
-            {
-                match weights {
-                    None => delta.copy_from_slice(visited),
-                    Some(weights) => {
-                        delta.fill(0.0);
-                        let weights = &weights[(task * n_rows + i) * n_used..][..n_used];
-                        for (weight, row) in weights.iter().zip(visited.chunks_exact(hidden)) {
-                            add_weighted(delta, *weight, row);
-                        }
-                    }
-                }
-                if let Some([_, after_feed_forward]) = &layer.post_norms {
-                    rms_norm_in_place(delta, after_feed_forward, config.norm_eps);
-                }
-                add(x, delta);
-            }
-        });
-    }
-
     /// Fills `logits` and gives their number.
     fn logits(&mut self, model: &Model, works: &[Work<'_>], pool: &Pool) -> usize {
         let config = model.config();
@@ -480,6 +401,18 @@ impl Buffers {
         }
         n_wanted * w.n_rows
     }
+}
+
+/// Fills `out`, `(n, w.n_cols)`, with the rows of `w` that the tokens have, times `scale`.
+fn look_up(w: Matrix<'_>, works: &[Work<'_>], scale: f32, out: &mut [f32], pool: &Pool) {
+    let row_bytes = w.bytes.len() / w.n_rows;
+    let tokens = works.iter().flat_map(|work| work.tokens);
+    let rows = out.chunks_exact_mut(w.n_cols).zip(tokens);
+    pool.for_each(rows, |(row, &token)| {
+        let bytes = &w.bytes[token as usize * row_bytes..][..row_bytes];
+        quant::decode(w.block_type, bytes, row);
+        row.iter_mut().for_each(|x| *x *= scale);
+    });
 }
 
 /// RMS norm of rows.

@@ -6,10 +6,12 @@
 
 use std::sync::Arc;
 
-use vindex::{Config, Heads, RopeScaling, Vindex};
+use vindex::{Component, Config, Heads, RopeScaling, Vindex};
 
+use crate::forward::own_embeddings::{LayerEmbeddings, OwnEmbedding};
 use crate::mixer::Mixer;
 use crate::rope::Rope;
+use crate::router::{self, Router};
 use crate::weights::{ModelError, Weight, vector};
 
 /// Widest head that is computed: the pass keeps some heads on the stack.
@@ -26,6 +28,7 @@ pub struct Model {
     /// `(hidden)`.
     pub(crate) output_norm: Vec<f32>,
     pub(crate) rope: Rope,
+    pub(crate) layer_embeddings: Option<LayerEmbeddings>,
     pub(crate) layers: Vec<Layer>,
 }
 
@@ -43,8 +46,11 @@ pub(crate) struct Layer {
     pub(crate) post_norms: Option<[Vec<f32>; 2]>,
     /// `(hidden)`.
     pub(crate) ffn_norm: Vec<f32>,
-    /// `(n_experts, hidden)`.
-    pub(crate) router: Option<Weight>,
+    /// `None` where the layer is dense.
+    pub(crate) router: Option<Router>,
+    pub(crate) own_embedding: Option<OwnEmbedding>,
+    /// What the residual stream is multiplied by at the end of the layer.
+    pub(crate) scale: Option<f32>,
 }
 
 impl Model {
@@ -75,6 +81,7 @@ impl Model {
             head,
             output_norm: vector(v, "output_norm.weight", hidden)?,
             rope: Rope::new(&config.rope, factors.as_deref()),
+            layer_embeddings: LayerEmbeddings::open(v, config)?,
             layers: layers.collect::<Result<_, _>>()?,
             vindex,
         })
@@ -93,29 +100,40 @@ impl Model {
     /// Bytes of weights that the attention half of a step reads once: all layers and the output head.
     pub fn attention_bytes(&self) -> u64 {
         let layers = self.layers.iter().map(|layer| {
-            let mixer = layer.mixer.weights().into_iter();
-            let others = [&layer.output].into_iter().chain(&layer.router);
-            mixer.chain(others).map(Weight::bytes).sum::<usize>()
+            let mixer = layer.mixer.weights().into_iter().chain([&layer.output]);
+            let router = layer.router.iter().flat_map(Router::weights);
+            let own = layer.own_embedding.iter();
+            let own = own.flat_map(|own| [&own.gate, &own.projection]);
+            let all = mixer.chain(router).chain(own);
+            all.map(Weight::bytes).sum::<usize>()
         });
-        (layers.sum::<usize>() + self.head.bytes()) as u64
+        let own = self.layer_embeddings.iter().map(|own| &own.projection);
+        let others = [&self.head].into_iter().chain(own).map(Weight::bytes);
+        (layers.sum::<usize>() + others.sum::<usize>()) as u64
     }
 
-    /// Bytes of feed-forward weights that one token reads: those of all layers and of the experts that it visits.
+    /// Bytes of feed-forward weights that one token reads: those of all layers, and of stacked experts those of the ones
+    /// that it visits.
     pub fn feed_forward_bytes(&self) -> u64 {
-        let tensors = self.vindex.index().tensors.iter();
-        let experts = self.config().experts;
-        tensors
-            .filter(|t| t.name.starts_with("blk.") && t.name.ends_with(".weight"))
-            .map(|t| {
-                let kind = t.name.split('.').nth(2).unwrap_or_default();
-                match (kind, experts) {
-                    ("ffn_gate" | "ffn_up" | "ffn_down", _) => t.size_bytes,
-                    ("ffn_gate_exps" | "ffn_up_exps" | "ffn_down_exps", Some(e)) => {
-                        t.size_bytes / u64::from(e.n.max(1)) * u64::from(e.n_used)
-                    }
-                    _ => 0,
-                }
+        let n_layers = self.config().n_layers as usize;
+        let index = self.vindex.index();
+        let parts = index.tensors.iter().map(|t| &index.parts[t.part as usize]);
+        index
+            .tensors
+            .iter()
+            .zip(parts)
+            .filter(|(_, part)| match part.component {
+                Component::FeedForward { layer } => (layer as usize) < n_layers,
+                _ => false,
             })
+            .map(
+                |(tensor, _)| match (&tensor.experts, self.config().experts) {
+                    (Some(hashes), Some(experts)) => {
+                        tensor.size_bytes / hashes.len().max(1) as u64 * u64::from(experts.n_used)
+                    }
+                    _ => tensor.size_bytes,
+                },
+            )
             .sum()
     }
 }
@@ -149,9 +167,11 @@ impl Layer {
                 false => None,
             },
             ffn_norm: vector(ffn_norm[usize::from(is_second)], hidden)?,
-            router: match config.experts {
-                Some(experts) => Some(weight("ffn_gate_inp.weight", experts.n, hidden)?),
-                None => None,
+            router: Router::open(v, config, l)?,
+            own_embedding: OwnEmbedding::open(v, config, l)?,
+            scale: match config.layer_scale {
+                true => vector("layer_output_scale.weight", 1)?.first().copied(),
+                false => None,
             },
         })
     }
@@ -211,10 +231,8 @@ fn check(config: &Config) -> Result<(), ModelError> {
             ));
         }
     }
-    if let Some(e) = config.experts
-        && (e.n_used == 0 || e.n_used > e.n)
-    {
-        return wrong(format!("tokens visit {} of {} experts", e.n_used, e.n));
+    if let Some(what) = config.experts.as_ref().and_then(router::wrong) {
+        return wrong(what);
     }
     not_computed(config).map_or(Ok(()), |what| wrong(format!("{what} are not computed")))
 }
@@ -222,31 +240,7 @@ fn check(config: &Config) -> Result<(), ModelError> {
 /// What a configuration can say and the pass does not follow.
 fn not_computed(config: &Config) -> Option<&'static str> {
     let a = &config.attention;
-    let experts = config.experts;
-    [
-        (a.latent.is_some(), "latent keys and values"),
-        (a.sinks, "attention sinks"),
-        (a.value_norm, "norms of values"),
-        (a.keys_are_values, "values that are keys"),
-        (config.layer_embeddings.is_some(), "embeddings of layers"),
-        (config.layer_scale, "scales of layers"),
-        (
-            !config.ffn_layers.is_empty(),
-            "feed-forward layers of several widths",
-        ),
-        (
-            experts.is_some_and(|e| e.shared.is_some() || e.dense_branch || e.n_leading_dense > 0),
-            "shared experts and dense layers beside routed ones",
-        ),
-        (
-            experts.is_some_and(|e| e.groups.is_some() || e.choice_bias || e.scale != 1.0),
-            "groups, biases and scales of a router",
-        ),
-        (
-            experts.is_some_and(|e| e.router_bias || e.bias),
-            "biases of routers and experts",
-        ),
-    ]
-    .into_iter()
-    .find_map(|(has, what)| has.then_some(what))
+    [(a.latent.is_some(), "latent keys and values")]
+        .into_iter()
+        .find_map(|(has, what)| has.then_some(what))
 }

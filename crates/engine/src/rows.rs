@@ -122,6 +122,12 @@ pub(crate) fn rms_norm_in_place(x: &mut [f32], weight: &[f32], eps: f32) {
     }
 }
 
+/// [`rms_norm_in_place`] with all weights 1.
+pub(crate) fn rms_norm_unweighted_in_place(x: &mut [f32], eps: f32) {
+    let scale = rms_scale(x, eps);
+    x.iter_mut().for_each(|x| *x *= scale);
+}
+
 fn rms_scale(x: &[f32], eps: f32) -> f32 {
     1.0 / (quant::sum_of_squares(x) / x.len() as f32 + eps).sqrt()
 }

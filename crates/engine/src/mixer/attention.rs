@@ -16,7 +16,8 @@ use super::{Room, Span};
 use crate::kv::{PAGE, Sequence, Window};
 use crate::rope::Rope;
 use crate::rows::{
-    add, fill, parts, rms_norm_in_place, rows_per_task, sigmoid_gate, sized, softcap,
+    add, fill, parts, rms_norm_in_place, rms_norm_unweighted_in_place, rows_per_task, sigmoid_gate,
+    sized, softcap,
 };
 use crate::threads::Pool;
 use crate::weights::{ModelError, Weight, vector};
@@ -47,12 +48,14 @@ pub(crate) struct Attention {
 struct Own {
     /// `(n_kv_heads * key_length, hidden)`.
     k: Weight,
-    /// `(n_kv_heads * value_length, hidden)`.
-    v: Weight,
+    /// `(n_kv_heads * value_length, hidden)`; `None` where a value is the key before its norm and turn.
+    v: Option<Weight>,
     /// Of k and v.
     bias: Option<[Vec<f32>; 2]>,
     /// `(key_length)`.
     k_norm: Option<Vec<f32>>,
+    /// Each value head is normed, without a weight.
+    norms_values: bool,
 }
 
 /// What a query sees, and how its scores become weights.
@@ -66,6 +69,8 @@ pub(crate) struct Sight {
     pub(crate) window: usize,
     pub(crate) scale: f32,
     pub(crate) softcap: Option<f32>,
+    /// `(n_heads)`: the score of nothing, which takes part in the softmax.
+    pub(crate) sinks: Option<Vec<f32>>,
 }
 
 /// With `n` rows.
@@ -109,15 +114,23 @@ impl Attention {
         if a.output_gate && (a.qkv_bias || key_length != value_length) {
             return Err(wrong("gates have biases or another width than values"));
         }
+        let values_are_keys = a.keys_are_values && !config.slides(l);
+        if values_are_keys && (keys != values || a.qkv_bias) {
+            return Err(wrong("values that are keys have biases or another width"));
+        }
         let own = match kv_layer == l {
             false => None,
             true => Some(Own {
                 k: weight("attn_k.weight", keys)?,
-                v: weight("attn_v.weight", values)?,
+                v: match values_are_keys {
+                    true => None,
+                    false => Some(weight("attn_v.weight", values)?),
+                },
                 bias: vector(a.qkv_bias, "attn_k.bias", keys)?
                     .zip(vector(a.qkv_bias, "attn_v.bias", values)?)
                     .map(|(k, v)| [k, v]),
                 k_norm: vector(a.qk_norm, "attn_k_norm.weight", key_length)?,
+                norms_values: a.value_norm,
             }),
         };
         let window = a.sliding_window.as_ref().filter(|_| config.slides(l));
@@ -134,6 +147,7 @@ impl Attention {
                 window: window.map_or(usize::MAX, |w| w.n_tokens as usize),
                 scale: a.scale,
                 softcap: a.softcap,
+                sinks: vector(a.sinks, "attn_sinks.weight", a.n_heads)?,
             },
             is_sliding: config.slides(l),
             norm_eps: config.norm_eps,
@@ -141,7 +155,8 @@ impl Attention {
     }
 
     pub(super) fn weights(&self) -> Vec<&Weight> {
-        let own = self.own.iter().flat_map(|own| [&own.k, &own.v]);
+        let own = self.own.iter();
+        let own = own.flat_map(|own| [&own.k].into_iter().chain(&own.v));
         [&self.q].into_iter().chain(own).collect()
     }
 
@@ -178,12 +193,14 @@ impl Attention {
         match &self.own {
             None => pool.for_each(products, |p| quant::multiply(&p.w, p.rows, x, p.out)),
             Some(own) => {
-                let (w_k, w_v) = (own.k.matrix(vindex), own.v.matrix(vindex));
+                let (w_k, w_v) = (own.k.matrix(vindex), own.v.as_ref());
+                let n_values = self.sight.heads.n_kv_heads * self.sight.heads.value_length;
                 k = sized(&mut buffers.k, n * w_k.n_rows);
-                v = sized(&mut buffers.v, n * w_v.n_rows);
+                v = sized(&mut buffers.v, n * n_values as usize);
+                let values = w_v.map(|w| parts(w.matrix(vindex), v, 4, n_threads));
                 let products = products
                     .chain(parts(w_k, k, 4, n_threads))
-                    .chain(parts(w_v, v, 4, n_threads));
+                    .chain(values.into_iter().flatten());
                 pool.for_each(products, |p| quant::multiply(&p.w, p.rows, x, p.out));
             }
         }
@@ -277,6 +294,14 @@ impl Attention {
                 if let Some([k_bias, v_bias]) = &own.bias {
                     add(k, k_bias);
                     add(v, v_bias);
+                }
+                if own.v.is_none() {
+                    v.copy_from_slice(k);
+                }
+                if own.norms_values {
+                    for value in v.chunks_exact_mut(value_length as usize) {
+                        rms_norm_unweighted_in_place(value, self.norm_eps);
+                    }
                 }
                 self.turn(rope, own.k_norm.as_deref(), angles, k);
                 window.write(window.positions.start + i, k, v);
@@ -390,8 +415,10 @@ impl Task<'_> {
         let value_length = sight.heads.value_length as usize;
         for row in 0..n_rows {
             let heads = self.out.row_mut(row).chunks_exact_mut(value_length);
-            for (head, state) in heads.zip(&states[row * self.n_heads..]) {
-                let inverse = 1.0 / state.sum;
+            let states = &states[row * self.n_heads..];
+            for (i, (head, state)) in heads.zip(states).enumerate() {
+                let sinks = sight.sinks.as_ref();
+                let inverse = state.inverse(sinks.map(|sinks| sinks[self.first_head + i]));
                 head.iter_mut().for_each(|x| *x *= inverse);
             }
         }
@@ -460,6 +487,17 @@ impl State {
         max: f32::NEG_INFINITY,
         sum: 0.0,
     };
+
+    /// What turns the sum of values into their mean. A sink is one more score, of nothing.
+    fn inverse(&self, sink: Option<f32>) -> f32 {
+        let Some(sink) = sink else {
+            return 1.0 / self.sum;
+        };
+        let max = if sink > self.max { sink } else { self.max };
+        let mut factors = [self.max - max, sink - max];
+        quant::exp_in_place(&mut factors);
+        factors[0] / (self.sum * factors[0] + factors[1])
+    }
 
     /// Scores become weights relative to the greatest score so far; what was summed is brought to the same scale.
     fn weigh(&mut self, scores: &mut [f32], out: &mut [f32]) {
