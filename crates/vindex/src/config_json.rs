@@ -5,7 +5,9 @@
 //! Defaults where the file is silent come from the family's row.
 
 pub(crate) mod gemma4;
+pub(crate) mod gpt_oss;
 pub(crate) mod hybrid;
+pub(crate) mod latent;
 mod rope;
 
 use serde_json::{Map, Value};
@@ -108,7 +110,7 @@ impl ConfigJson {
         self.get(key).is_none() && (here(&self.root) || self.text().is_some_and(here))
     }
 
-    fn u32(&self, key: &str) -> Result<Option<u32>, Error> {
+    pub(crate) fn u32(&self, key: &str) -> Result<Option<u32>, Error> {
         let Some(value) = self.get(key) else {
             return Ok(None);
         };
@@ -325,7 +327,12 @@ impl ConfigJson {
         let is_other = self.get(usual).is_none() && self.get(other).is_some();
         let n = self.count(if is_other { other } else { usual }, None, EXPERTS_MAX)?;
         Ok(Some(Experts {
-            n_used: self.count("num_experts_per_tok", None, n)?,
+            n_used: match self.u32("num_experts_per_tok")? {
+                None if self.has("experts_per_token") => {
+                    self.count("experts_per_token", None, n)?
+                }
+                _ => self.count("num_experts_per_tok", None, n)?,
+            },
             ffn: self.count(keys.ffn, None, 1 << 28)?,
             normalise: match keys.normalise {
                 Some((key, default)) => self.bool(key)?.unwrap_or(default),
@@ -341,10 +348,12 @@ impl ConfigJson {
                 .get("quant_method")
                 .and_then(Value::as_str)
                 .unwrap_or("unknown");
-            return unsupported(format!(
-                "its weights are quantised already (method {}); take the original",
-                clip(method)
-            ));
+            if !(family.keeps_mxfp4 && method == "mxfp4") {
+                return unsupported(format!(
+                    "its weights are quantised already (method {}); take the original",
+                    clip(method)
+                ));
+            }
         }
         let activations: &[&str] = match family.activation {
             Activation::Silu => &["silu", "swish"],

@@ -13,6 +13,7 @@
 mod chunk;
 mod journal;
 mod layout;
+mod packed;
 mod pipeline;
 mod view;
 

@@ -8,7 +8,9 @@
 mod classic;
 mod dims;
 mod gemma4;
+mod gpt_oss;
 mod hybrid;
+mod latent;
 mod maps;
 
 use crate::config::{Activation, Config, RopeKind};
@@ -39,6 +41,8 @@ pub(crate) struct Family {
     pub(crate) experts: Option<ExpertKeys>,
     pub(crate) defaults: Defaults,
     pub(crate) writes: Writes,
+    /// Experts may come in blocks of MXFP4 (`quant_method` mxfp4), which are kept.
+    pub(crate) keeps_mxfp4: bool,
     /// What else the family's `config.json` says: from the numbers that all families have to those of this one.
     pub(crate) numbers: fn(&ConfigJson, Config) -> Result<Config, Error>,
 }
@@ -185,4 +189,6 @@ const FAMILIES: &[Family] = &[
     hybrid::QWEN3_5_MOE,
     hybrid::QWEN3_NEXT,
     gemma4::GEMMA4,
+    gpt_oss::GPT_OSS,
+    latent::DEEPSEEK_V3,
 ];

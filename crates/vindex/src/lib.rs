@@ -44,8 +44,8 @@ pub use index::{FORMAT, INDEX_FILE, Index, NoVindexId, Part, Tensor, VindexId};
 pub use local::LocalDir;
 pub use open::{TensorView, Vindex};
 pub use plan::{
-    Change, Component, Forecast, LeftOut, Order, Plan, PlannedPart, PlannedTensor, Transform, Values,
-    forecast, plan,
+    Change, Component, Forecast, LeftOut, Order, Plan, PlannedPart, PlannedTensor, Transform,
+    Values, forecast, plan,
 };
 pub use provenance::{PROVENANCE_FILE, Provenance};
 pub use recipe::{Recipe, UnknownRecipe};

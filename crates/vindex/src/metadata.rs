@@ -4,11 +4,11 @@
 //! it derives from names of directories. Keys of ours that it does not write are few: a sliding window that it drops, and
 //! which layers slide where that is not the family's usual order.
 
-use crate::config::{Config, RopeKind, RopeScaling};
+use crate::config::{Config, Experts, Latent, RopeKind, RopeScaling};
 use crate::config_json::ConfigJson;
 use crate::families::{Family, Window};
 use crate::gguf::{MetaArray, MetaValue};
-use crate::plan::PlannedPart;
+use crate::plan::{PlannedPart, Values};
 use crate::recipe::Recipe;
 
 /// Version of the block types' layout that GGUF readers know.
@@ -41,7 +41,7 @@ pub(crate) fn of_model(
         ),
         (
             "general.file_type".to_owned(),
-            MetaValue::U32(recipe.file_type()),
+            MetaValue::U32(file_type(recipe, parts)),
         ),
         (
             "general.quantization_version".to_owned(),
@@ -131,6 +131,9 @@ pub(crate) fn of_model(
         let sections = MetaArray::I32s(json.rope_sections());
         put("rope.dimension_sections", MetaValue::Array(sections));
     }
+    let of_all_dims = a
+        .latent
+        .and_then(|_| json.rope_number("mscale_all_dim").ok()?);
     match rope.scaling {
         Some(RopeScaling::Linear { factor }) => {
             put("rope.scaling.type", text("linear"));
@@ -157,8 +160,17 @@ pub(crate) fn of_model(
             if json.has_rope_parameter("beta_slow") {
                 put("rope.scaling.yarn_beta_slow", MetaValue::F32(beta_slow));
             }
-            if let Some(factor) = attention_factor {
+            if let Some(factor) = attention_factor
+                && json.has_rope_parameter("attention_factor")
+            {
                 put("rope.scaling.yarn_attn_factor", MetaValue::F32(factor));
+            }
+            if let Some(of_all) = of_all_dims {
+                let multiplier = (0.1 * of_all) as f32;
+                put(
+                    "rope.scaling.yarn_log_multiplier",
+                    MetaValue::F32(multiplier),
+                );
             }
         }
         Some(RopeScaling::FrequencyFactors) | None => {}
@@ -175,6 +187,9 @@ pub(crate) fn of_model(
                 MetaValue::U32(shared.ffn),
             );
         }
+    }
+    if let (Some(latent), Some(experts)) = (&a.latent, &config.experts) {
+        put_latent(&mut put, json, config, latent, experts);
     }
     if config.n_nextn > 0 {
         put("nextn_predict_layers", MetaValue::U32(config.n_nextn));
@@ -205,6 +220,53 @@ pub(crate) fn of_model(
     keys
 }
 
+/// What DeepSeek-V3 says beyond others.
+fn put_latent(
+    put: &mut dyn FnMut(&str, MetaValue),
+    json: &ConfigJson,
+    config: &Config,
+    latent: &Latent,
+    experts: &Experts,
+) {
+    put("vocab_size", MetaValue::U32(config.vocab));
+    if let Some(rank) = latent.q_rank {
+        put("attention.q_lora_rank", MetaValue::U32(rank));
+    }
+    let kv_rank = config.attention.value_length;
+    put("attention.kv_lora_rank", MetaValue::U32(kv_rank));
+    let key_length = latent.n_plain + config.rope.n_dims;
+    put("attention.key_length_mla", MetaValue::U32(key_length));
+    put(
+        "attention.value_length_mla",
+        MetaValue::U32(latent.value_length),
+    );
+    put("rope.dimension_count", MetaValue::U32(config.rope.n_dims));
+    put(
+        "leading_dense_block_count",
+        MetaValue::U32(experts.n_leading_dense),
+    );
+    let n_shared = experts.shared.map_or(0, |s| s.ffn / experts.ffn);
+    put("expert_shared_count", MetaValue::U32(n_shared));
+    for (key, name) in [
+        ("n_group", "expert_group_count"),
+        ("topk_group", "expert_group_used_count"),
+    ] {
+        if let Ok(Some(n)) = json.u32(key) {
+            put(name, MetaValue::U32(n));
+        }
+    }
+    if json.has("scoring_func") {
+        // llama.cpp's number for a sigmoid.
+        put("expert_gating_func", MetaValue::U32(2));
+    }
+    if json.has("routed_scaling_factor") {
+        put("expert_weights_scale", MetaValue::F32(experts.scale));
+    }
+    if json.has("norm_topk_prob") && experts.normalise {
+        put("expert_weights_norm", MetaValue::Bool(true));
+    }
+}
+
 /// Numbers of layers, which fit.
 fn i32s(numbers: &[u32]) -> MetaValue {
     MetaValue::Array(MetaArray::I32s(numbers.iter().map(|&n| n as i32).collect()))
@@ -217,11 +279,27 @@ pub(crate) fn not_followed_by_llama_cpp(config: &Config) -> Vec<String> {
         .attention
         .sliding_window
         .as_ref()
-        .filter(|_| !config.post_norms)
+        .filter(|_| !config.post_norms && !config.attention.sinks)
     {
         warnings.push(format!(
             "llama.cpp knows no sliding window for the architecture {}: its texts differ beyond {} tokens",
             config.architecture, window.n_tokens
+        ));
+    }
+    if let Some(RopeScaling::Yarn {
+        fractional: true, ..
+    }) = config.rope.scaling
+    {
+        warnings.push(
+            "llama.cpp stretches rope between whole pairs (truncate), this model does not: their logits differ by a few \
+             thousandths, more with longer texts"
+                .to_owned(),
+        );
+    }
+    if config.attention.latent.is_some() && config.rope.kind == RopeKind::Neox {
+        warnings.push(format!(
+            "llama.cpp turns neighbours for the architecture {}, this model turns halves (rope_interleave false)",
+            config.architecture
         ));
     }
     if config.experts.is_some_and(|e| !e.normalise) && config.rope.kind == RopeKind::Neox {
@@ -231,6 +309,16 @@ pub(crate) fn not_followed_by_llama_cpp(config: &Config) -> Vec<String> {
         ));
     }
     warnings
+}
+
+/// That of the recipe, or llama.cpp's `MOSTLY_MXFP4_MOE` where experts are kept as they are.
+fn file_type(recipe: Recipe, parts: &[PlannedPart]) -> u32 {
+    const MXFP4_MOE: u32 = 38;
+    let mut tensors = parts.iter().flat_map(|part| &part.tensors);
+    match tensors.any(|tensor| matches!(tensor.values, Values::Packed { .. })) {
+        true => MXFP4_MOE,
+        false => recipe.file_type(),
+    }
 }
 
 /// How many parameters, as `general.size_label` says it: `0.6B`, `8x7B`. The experts' count stands before the size of

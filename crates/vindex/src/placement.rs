@@ -5,12 +5,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use quant::BlockType;
+
 use crate::checkpoint::{Checkpoint, Dtype, SourceTensor};
 use crate::config::Config;
 use crate::config_json::ConfigJson;
 use crate::error::Error;
 use crate::families::{Family, Need, Place, Row};
-use crate::plan::{Component, LeftOut, PlannedPart, PlannedTensor, Values};
+use crate::plan::{Component, LeftOut, Order, PlannedPart, PlannedTensor, Values};
 use crate::recipe::Recipe;
 
 /// As many missing tensors are listed; a configuration that lies about its layers has no end of them.
@@ -188,7 +190,11 @@ impl<'a> Found<'a> {
                 }
                 continue;
             };
-            check(name, tensor, &shape)?;
+            if row.fold.is_packed() {
+                check_bytes(name, tensor, &shape)?;
+            } else {
+                check(name, tensor, &shape)?;
+            }
             self.used.insert(plain);
             sources.push(name.to_owned());
         }
@@ -208,6 +214,9 @@ impl<'a> Found<'a> {
             .chain(n_experts.map(u64::from))
             .collect();
         let transform = row.fold.transform(family, config);
+        if row.fold.is_packed() {
+            return self.packed(&in_layer, name, ne, transform.order);
+        }
         let block_type = recipe.block_type(&name, &ne);
         Ok(Some(PlannedTensor {
             name,
@@ -216,6 +225,39 @@ impl<'a> Found<'a> {
             values: Values::Checkpoint {
                 tensors: sources,
                 transform,
+            },
+        }))
+    }
+
+    /// A tensor whose blocks are kept: `blocks` was taken already, its scales are beside it.
+    fn packed(
+        &mut self,
+        blocks: &str,
+        name: String,
+        ne: Vec<u64>,
+        order: Order,
+    ) -> Result<Option<PlannedTensor>, Error> {
+        let plain = blocks.replace("_blocks", "_scales");
+        let (Some(&(blocks, of_blocks)), Some(&(scales, of_scales))) =
+            (self.tensors.get(blocks), self.tensors.get(&plain))
+        else {
+            self.missing.push(plain);
+            return Ok(None);
+        };
+        let shape = of_blocks
+            .shape
+            .split_last()
+            .map_or(&[][..], |(_, rest)| rest);
+        check_bytes(scales, of_scales, shape)?;
+        self.used.insert(plain);
+        Ok(Some(PlannedTensor {
+            name,
+            ne,
+            block_type: BlockType::MXFP4,
+            values: Values::Packed {
+                blocks: blocks.to_owned(),
+                scales: scales.to_owned(),
+                order,
             },
         }))
     }
@@ -293,6 +335,18 @@ fn refuse_stacked(
     Ok(())
 }
 
+/// As [`check`], of a tensor of bytes.
+fn check_bytes(name: &str, tensor: &SourceTensor, expected: &[u64]) -> Result<(), Error> {
+    if tensor.dtype != Dtype::Unread && tensor.dtype.to_string() != "U8" {
+        return Err(Error::Dtype {
+            file: tensor.file.clone(),
+            tensor: name.to_owned(),
+            dtype: tensor.dtype.to_string(),
+        });
+    }
+    check_shape(name, tensor, expected)
+}
+
 fn check(name: &str, tensor: &SourceTensor, expected: &[u64]) -> Result<(), Error> {
     if tensor.dtype == Dtype::Unread {
         return Ok(());
@@ -304,7 +358,11 @@ fn check(name: &str, tensor: &SourceTensor, expected: &[u64]) -> Result<(), Erro
             dtype: tensor.dtype.to_string(),
         });
     }
-    if tensor.shape != expected {
+    check_shape(name, tensor, expected)
+}
+
+fn check_shape(name: &str, tensor: &SourceTensor, expected: &[u64]) -> Result<(), Error> {
+    if tensor.dtype != Dtype::Unread && tensor.shape != expected {
         return Err(Error::Shape {
             file: tensor.file.clone(),
             tensor: name.to_owned(),

@@ -196,6 +196,16 @@ pub enum Values {
         /// What is done to each on the way.
         transform: Transform,
     },
+    /// Blocks of MXFP4, kept bit for bit in GGUF's order of nibbles: of each block its scale from one tensor of the checkpoint
+    /// and its values from another.
+    Packed {
+        /// Name of the values, two a byte.
+        blocks: String,
+        /// Name of the scales, one a block.
+        scales: String,
+        /// Which rows, in which order.
+        order: Order,
+    },
     /// Computed from the configuration (rope factors); row-major.
     Computed {
         /// The values themselves.

@@ -87,16 +87,18 @@ impl ConfigJson {
             "llama3" => Some(RopeScaling::FrequencyFactors),
             PROPORTIONAL if d.rotated.is_some() => Some(RopeScaling::FrequencyFactors),
             "yarn" => {
-                // What else changes the rotation and has no place in `RopeScaling::Yarn`.
-                let parameter = |key: &str| full.and_then(|p| p.get(key)).filter(|v| !v.is_null());
-                for key in ["mscale", "mscale_all_dim"] {
-                    if parameter(key).is_some() && parameter("attention_factor").is_none() {
-                        return unsupported(format!("{key} of rope scaling \"yarn\""));
-                    }
-                }
-                if parameter("truncate") == Some(&Value::Bool(false)) {
-                    return unsupported("truncate false of rope scaling \"yarn\"".to_owned());
-                }
+                let factor = factor()?;
+                let attention_factor = match within(full, "attention_factor")? {
+                    Some(given) => Some(given),
+                    // Both or none.
+                    None => self
+                        .rope_number("mscale")?
+                        .zip(self.rope_number("mscale_all_dim")?)
+                        .map(|(one, of_all)| {
+                            let scale = |mscale| ConfigJson::yarn_scale(factor.into(), mscale);
+                            scale(one) / scale(of_all)
+                        }),
+                };
                 let key = "original_max_position_embeddings";
                 let original = match within(full, key)? {
                     Some(n) if n >= 1.0 => n as u32,
@@ -107,12 +109,12 @@ impl ConfigJson {
                     }
                 };
                 Some(RopeScaling::Yarn {
-                    factor: factor()?,
+                    factor,
                     original_context: original,
                     beta_fast: within(full, "beta_fast")?.unwrap_or(32.0) as f32,
                     beta_slow: within(full, "beta_slow")?.unwrap_or(1.0) as f32,
-                    attention_factor: within(full, "attention_factor")?.map(|f| f as f32),
-                    fractional: false,
+                    attention_factor: attention_factor.map(|f| f as f32),
+                    fractional: full.and_then(|p| p.get("truncate")) == Some(&Value::Bool(false)),
                 })
             }
             other => {
@@ -193,6 +195,24 @@ impl ConfigJson {
             ));
         }
         Ok(Some(factors))
+    }
+
+    /// How much larger queries and keys are made for a context that is `factor` times as long (`yarn_get_mscale` of
+    /// `transformers`).
+    pub(super) fn yarn_scale(factor: f64, mscale: f64) -> f64 {
+        if factor <= 1.0 {
+            1.0
+        } else {
+            0.1 * mscale * factor.ln() + 1.0
+        }
+    }
+
+    /// A number among the parameters of rope; 0 is as good as absent.
+    pub(crate) fn rope_number(&self, key: &str) -> Result<Option<f64>, Error> {
+        let (full, _) = self.rope_parameters();
+        let value = full.and_then(|p| p.get(key));
+        let value = value.filter(|v| !v.is_null() && v.as_f64() != Some(0.0));
+        value.map(|v| positive(key, v)).transpose()
     }
 
     /// True when `config.json` itself has this parameter of its rope scaling.

@@ -5,6 +5,7 @@
 
 use quant::BlockType;
 
+use super::packed::{self, Packed};
 use super::view::{self, Span, View};
 use crate::checkpoint::{Checkpoint, Dtype, SourceTensor};
 use crate::error::Error;
@@ -28,6 +29,8 @@ pub(crate) struct Job<'a> {
     /// What each source gives, in the order of the tensor: index of the source, and which of its values.
     views: Vec<(usize, View)>,
     change: Change,
+    /// In place of sources: blocks that are kept.
+    packed: Option<Packed<'a>>,
 }
 
 /// A tensor of the checkpoint, of a type that we read.
@@ -124,6 +127,32 @@ impl<'a> Job<'a> {
                     size_bytes,
                     views: Vec::new(),
                     change: Change::None,
+                    packed: None,
+                });
+            }
+            Values::Packed {
+                blocks,
+                scales,
+                order,
+            } => {
+                let packed = Packed::new(blocks, scales, checkpoint)?;
+                let views = view::views(order, packed.n_values(), tensor.ne[0])?;
+                let is_whole = |view: &View| view.in_blocks(packed::BLOCK_LEN).is_some();
+                let planned: u64 = views.iter().map(View::n_values).sum();
+                if planned != n_values
+                    || tensor.block_type != BlockType::MXFP4
+                    || !views.iter().all(is_whole)
+                {
+                    return Err(format!("{blocks} does not make {:?}", tensor.ne));
+                }
+                return Ok(Job {
+                    part,
+                    tensor,
+                    sources: Vec::new(),
+                    size_bytes,
+                    views: views.into_iter().map(|view| (0, view)).collect(),
+                    change: Change::None,
+                    packed: Some(packed),
                 });
             }
             Values::Checkpoint { tensors, transform } => (tensors, transform),
@@ -166,7 +195,25 @@ impl<'a> Job<'a> {
             size_bytes,
             views,
             change: transform.change,
+            packed: None,
         })
+    }
+
+    /// What is read for `chunk`: name, tensor, place in its file and length of each piece, one after another.
+    pub(crate) fn reads(&self, chunk: &Chunk) -> Vec<(&'a str, &'a SourceTensor, u64, usize)> {
+        let spans = chunk.spans.iter();
+        if let Some(packed) = &self.packed {
+            return spans.flat_map(|&span| packed.reads(span)).collect();
+        }
+        // Computed values have no source.
+        let Some(source) = self.sources.get(chunk.source) else {
+            return Vec::new();
+        };
+        let read = |&span: &Span| {
+            let (offset_bytes, len) = source.range(span);
+            (source.name, source.tensor, offset_bytes, len)
+        };
+        spans.map(read).collect()
     }
 
     /// Cuts the job into chunks of about `max_values`, given its own index.
@@ -177,7 +224,7 @@ impl<'a> Job<'a> {
         let block_len = self.tensor.block_type.block_len() as u64;
         let computed = match &self.tensor.values {
             Values::Computed { values } => Some((0, View::range(values.len() as u64))),
-            Values::Checkpoint { .. } => None,
+            Values::Checkpoint { .. } | Values::Packed { .. } => None,
         };
         let mut chunks = Vec::new();
         for (source, view) in computed.iter().chain(&self.views) {
@@ -234,6 +281,11 @@ impl<'a> Job<'a> {
         if let Values::Computed { values } = &self.tensor.values {
             quant::encode(block_type, values, blocks);
             return n_nonfinite(block_type, values);
+        }
+        if let Some(packed) = &self.packed {
+            // Every bit pattern is a number.
+            packed.encode(&chunk.view, &chunk.spans, raw, blocks);
+            return 0;
         }
         let dtype = self.sources[chunk.source].dtype;
         let change_and_encode = |values: &mut [f32], blocks: &mut [u8]| {

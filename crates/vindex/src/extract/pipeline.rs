@@ -147,27 +147,21 @@ fn read(
     let _guard = StopOnPanic(window);
     while let Some(seq) = window.next(chunks.len()) {
         let chunk = &chunks[seq];
-        let value = match run.jobs[chunk.job].sources.get(chunk.source) {
-            // Computed values have no source.
-            None => Ok(Vec::new()),
-            Some(source) => {
-                let file = &source.tensor.file;
-                let ranges = chunk.spans.iter().map(|&span| source.range(span));
-                let mut raw = spare.take();
-                fit(&mut raw, ranges.clone().map(|(_, len)| len).sum());
-                let mut left = raw.as_mut_slice();
-                let read = ranges.clone().try_for_each(|(offset_bytes, len)| {
-                    let (piece, rest) = std::mem::take(&mut left).split_at_mut(len);
-                    left = rest;
-                    run.source.read_at(file, offset_bytes, piece)
-                });
-                read.map(|()| raw).map_err(|e| Error::Values {
-                    file: file.clone(),
-                    tensor: source.name.to_owned(),
-                    source: e,
-                })
-            }
-        };
+        let reads = run.jobs[chunk.job].reads(chunk);
+        let mut raw = spare.take();
+        fit(&mut raw, reads.iter().map(|(.., len)| len).sum());
+        let mut left = raw.as_mut_slice();
+        let read = reads.into_iter().try_for_each(|(name, tensor, at, len)| {
+            let (piece, rest) = std::mem::take(&mut left).split_at_mut(len);
+            left = rest;
+            let read = run.source.read_at(&tensor.file, at, piece);
+            read.map_err(|e| Error::Values {
+                file: tensor.file.clone(),
+                tensor: name.to_owned(),
+                source: e,
+            })
+        });
+        let value = read.map(|()| raw);
         if to_encoders.send(Numbered { seq, value }).is_err() {
             return;
         }

@@ -243,13 +243,25 @@ impl View {
         }
     }
 
+    /// The same counted in blocks of `block_len` values; `None` when its runs are not whole blocks.
+    pub(super) fn in_blocks(&self, block_len: u64) -> Option<View> {
+        let (&(run, stride), outer) = self.dims.split_last()?;
+        let mut dims: Vec<(u64, u64)> = Vec::new();
+        for &(size, stride) in outer {
+            dims.push((size, exact(stride, block_len)?));
+        }
+        dims.push((exact(run, block_len)?, stride));
+        let offset = exact(self.offset, block_len)?;
+        (stride == 1).then(|| View::new(offset, &dims))
+    }
+
     /// True when the view is consecutive values of the source.
     pub(super) fn is_range(&self) -> bool {
         matches!(self.dims.as_slice(), [] | [(_, 1)])
     }
 
     /// Puts the values of the view into `out`, from `read`, which has those of `spans` one after another.
-    pub(super) fn gather(&self, spans: &[Span], read: &[f32], out: &mut [f32]) {
+    pub(super) fn gather<T: Copy>(&self, spans: &[Span], read: &[T], out: &mut [T]) {
         // Where each span begins in `read`.
         let mut begins = Vec::with_capacity(spans.len());
         let mut at = 0;
@@ -292,6 +304,11 @@ impl View {
             }
         }
     }
+}
+
+/// `n / by` where nothing is left.
+fn exact(n: u64, by: u64) -> Option<u64> {
+    n.is_multiple_of(by).then_some(n / by)
 }
 
 fn gcd(a: u64, b: u64) -> u64 {

@@ -60,6 +60,7 @@ pub(super) const LLAMA: Family = Family {
         llama_keys: true,
         ..WRITES
     },
+    keeps_mxfp4: false,
     numbers: |_, config| Ok(config),
 };
 

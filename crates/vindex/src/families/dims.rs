@@ -4,7 +4,7 @@
 //! Invariant: everything here is a function of the [`Config`] and the layer, so that a map has no case for a model.
 
 use super::Family;
-use crate::config::{Config, DeltaNet, Experts, RopeKind};
+use crate::config::{Config, DeltaNet, Experts, Latent, RopeKind};
 use crate::plan::{Change, Order, Transform};
 
 /// A dimension that `config.json` tells.
@@ -47,6 +47,23 @@ pub(crate) enum Dim {
     LayerInput,
     /// That of all layers.
     LayerInputs,
+    QueryHeads,
+    /// Blocks of 32 that make a row of the residual stream, or of an expert's width; and the bytes of their 4-bit values.
+    HiddenBlocks,
+    ExpertBlocks,
+    Nibbles,
+    /// Width of compressed queries.
+    QueryRank,
+    /// Width of compressed keys and values.
+    KvRank,
+    /// The same and what is rotated.
+    KvRankAndRope,
+    /// All heads of queries before anything is absorbed.
+    LatentQueries,
+    /// All heads of keys and values.
+    LatentKv,
+    /// All heads of what attention gives.
+    LatentMixed,
 }
 
 /// What may be done to the values, if the family does it.
@@ -75,6 +92,23 @@ pub(crate) enum Fold {
     NetInterleaved,
     /// The gates alone.
     NetInterleavedGates,
+    /// Blocks of MXFP4 with their scales beside them.
+    Packed,
+    /// Of each two rows of such blocks the first.
+    PackedFirst,
+    PackedSecond,
+    /// Of each two elements the first.
+    First,
+    Second,
+    /// The matrix of each expert lies on its side.
+    Transposed,
+    /// And of each two columns the first is taken.
+    TransposedFirst,
+    TransposedSecond,
+    /// Of each head of keys and values the keys, on their side, so that they can be multiplied with a query.
+    LatentKeys,
+    /// The values.
+    LatentValues,
 }
 
 /// When a tensor has to be there.
@@ -101,6 +135,15 @@ pub(crate) enum When {
     SharedGate,
     LayerScale,
     LayerInputs,
+    DenseBranch,
+    ChoiceBias,
+    RouterBias,
+    ExpertBias,
+    Sinks,
+    /// With compressed queries.
+    QueryRank,
+    /// With plain ones.
+    NoQueryRank,
     /// In models with blocks that predict further tokens.
     NextN,
 }
@@ -119,6 +162,7 @@ impl When {
         let attends = !config.is_recurrent(l);
         let routed = config.experts.filter(|_| config.is_routed(l));
         let keys_are_values = config.attention.keys_are_values && !config.slides(l);
+        let latent = config.attention.latent;
         let n_own = config.n_layers - config.attention.n_shared_kv_layers.min(config.n_layers);
         let needed = match self {
             When::Always => true,
@@ -139,6 +183,13 @@ impl When {
             When::SharedGate => routed.and_then(|e| e.shared).is_some_and(|s| s.gated),
             When::LayerScale => config.layer_scale,
             When::LayerInputs => config.layer_embeddings.is_some(),
+            When::DenseBranch => routed.is_some_and(|e| e.dense_branch),
+            When::ChoiceBias => routed.is_some_and(|e| e.choice_bias),
+            When::RouterBias => routed.is_some_and(|e| e.router_bias),
+            When::ExpertBias => routed.is_some_and(|e| e.bias),
+            When::Sinks => attends && config.attention.sinks,
+            When::QueryRank => latent.is_some_and(|l| l.q_rank.is_some()),
+            When::NoQueryRank => latent.is_some_and(|l| l.q_rank.is_none()),
             When::NextN => config.n_nextn > 0,
         };
         if needed { Need::Yes } else { Need::No }
@@ -153,6 +204,7 @@ impl Dim {
         let net = config.delta_net.as_ref();
         let experts = |f: fn(&Experts) -> u32| config.experts.as_ref().map_or(0, f);
         let times = |n: u32, width: u32| u64::from(n) * u64::from(width);
+        let latent = |f: fn(&Latent) -> u32| a.latent.as_ref().map_or(0, f);
         let one_or_two = 1 + u64::from(a.output_gate);
         let layer_input = config.layer_embeddings.map_or(0, |e| e.width);
         match self {
@@ -181,6 +233,22 @@ impl Dim {
             Dim::ConvKernel => net.map_or(0, |n| n.conv_kernel.into()),
             Dim::LayerInput => layer_input.into(),
             Dim::LayerInputs => times(config.n_layers, layer_input),
+            Dim::QueryHeads => a.n_heads.into(),
+            Dim::HiddenBlocks => (config.hidden / 32).into(),
+            Dim::ExpertBlocks => (experts(|e| e.ffn) / 32).into(),
+            Dim::Nibbles => 16,
+            Dim::QueryRank => latent(|l| l.q_rank.unwrap_or(0)).into(),
+            Dim::KvRank => a.value_length.into(),
+            Dim::KvRankAndRope => a.key_length.into(),
+            Dim::LatentQueries => {
+                u64::from(a.n_heads)
+                    * (u64::from(latent(|l| l.n_plain)) + u64::from(config.rope.n_dims))
+            }
+            Dim::LatentKv => {
+                let (plain, value) = (latent(|l| l.n_plain), latent(|l| l.value_length));
+                u64::from(a.n_heads) * (u64::from(plain) + u64::from(value))
+            }
+            Dim::LatentMixed => times(a.n_heads, latent(|l| l.value_length)),
         }
     }
 }
@@ -201,6 +269,23 @@ impl Fold {
         let last_but_one = shape.len().saturating_sub(2);
         match self {
             Fold::FirstHalf | Fold::SecondHalf => shape[last_but_one] /= 2,
+            Fold::First | Fold::Second => shape[last_but_one + 1] /= 2,
+            Fold::Transposed => shape.swap(last_but_one, last_but_one + 1),
+            Fold::TransposedFirst | Fold::TransposedSecond => {
+                shape[last_but_one + 1] /= 2;
+                shape.swap(last_but_one, last_but_one + 1);
+            }
+            Fold::Packed | Fold::PackedFirst | Fold::PackedSecond => {
+                shape.pop();
+                shape[last_but_one] *= 32;
+                if self != Fold::Packed {
+                    shape[last_but_one - 1] /= 2;
+                }
+            }
+            Fold::LatentKeys => shape = latent_shape(config, |l| [shape[1], l.n_plain.into()]),
+            Fold::LatentValues => {
+                shape = latent_shape(config, |l| [l.value_length.into(), shape[1]]);
+            }
             // A convolution over channels of their own has a dimension of one in the middle.
             Fold::NetMixed if shape.len() == 3 => {
                 shape.remove(1);
@@ -248,6 +333,20 @@ impl Fold {
                 })
             })
         };
+        let alternate = |first: u32, row_len: u32| {
+            let row_len = row_len.into();
+            Transform::order(Order::Alternate { first, row_len })
+        };
+        let transposed_alternate = |first: u32| {
+            let n_blocks = experts.0;
+            Transform::order(Order::TransposedAlternate { n_blocks, first })
+        };
+        let latent = |order: fn(&Latent, u32) -> Order| {
+            let latent = config.attention.latent.as_ref();
+            latent.map_or(Transform::NONE, |l| {
+                Transform::order(order(l, config.attention.n_heads))
+            })
+        };
         match self {
             Fold::Norm if family.norms_around_zero => Transform::change(Change::AddOne),
             Fold::None | Fold::Norm => Transform::NONE,
@@ -269,6 +368,39 @@ impl Fold {
                 interleaved_net(|k, v| vec![[0, k], [k, 2 * k], [2 * k, 2 * k + v]])
             }
             Fold::NetInterleavedGates => interleaved_net(|k, v| vec![[2 * k + v, 2 * (k + v)]]),
+            Fold::Packed => Transform::NONE,
+            Fold::PackedFirst => alternate(0, config.hidden),
+            Fold::PackedSecond => alternate(1, config.hidden),
+            Fold::First => alternate(0, 1),
+            Fold::Second => alternate(1, 1),
+            Fold::Transposed => Transform::order(Order::Transposed {
+                n_blocks: experts.0,
+                n_rows: experts.1,
+            }),
+            Fold::TransposedFirst => transposed_alternate(0),
+            Fold::TransposedSecond => transposed_alternate(1),
+            Fold::LatentKeys => latent(|l, n_blocks| Order::Transposed {
+                n_blocks,
+                n_rows: l.n_plain.into(),
+            }),
+            Fold::LatentValues => latent(|l, n_blocks| {
+                let start = u64::from(l.n_plain);
+                Order::Rows {
+                    n_blocks,
+                    ranges: vec![[start, start + u64::from(l.value_length)]],
+                }
+            }),
         }
     }
+
+    /// Whether the tensor is blocks of MXFP4 that are kept, with their scales in another tensor.
+    pub(crate) fn is_packed(self) -> bool {
+        matches!(self, Fold::Packed | Fold::PackedFirst | Fold::PackedSecond)
+    }
+}
+
+/// One matrix a head of latent attention.
+fn latent_shape(config: &Config, matrix: impl Fn(&Latent) -> [u64; 2]) -> Vec<u64> {
+    let [rows, columns] = config.attention.latent.as_ref().map_or([0, 0], matrix);
+    vec![config.attention.n_heads.into(), rows, columns]
 }

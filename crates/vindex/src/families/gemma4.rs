@@ -2,10 +2,11 @@
 //! others, per-layer embeddings, experts beside a dense layer. Invariant: unlike its predecessors', its norms are stored as
 //! they are.
 
-use super::Place::{Attention as Att, Embeddings as Emb};
+use super::Place::{Attention as Att, Embeddings as Emb, FeedForward as Ff};
 use super::classic::{GEMMA3, WRITES};
 use super::dims::Dim::{
-    Hidden, KeyLength, Keys, LayerInput, LayerInputs, Mixed, One, Queries, Values, Vocab,
+    ExpertFfn, Experts, Hidden, KeyLength, Keys, LayerInput, LayerInputs, Mixed, One, Queries,
+    TwoExpertFfn, Values, Vocab,
 };
 use super::dims::{Fold, When};
 use super::maps::row;
@@ -33,6 +34,19 @@ const LAYER_INPUTS: &[Row] = &[
     row("model.layers.{l}.post_per_layer_input_norm.weight", "post_norm.weight", Att, &[Hidden], Fold::Norm, When::LayerInputs),
 ];
 
+/// Experts beside a dense layer, gates above ups in one tensor as in the checkpoint.
+#[rustfmt::skip]
+const EXPERTS: &[Row] = &[
+    row("model.layers.{l}.post_feedforward_layernorm_1.weight", "post_ffw_norm_1.weight", Att, &[Hidden], Fold::Norm, When::DenseBranch),
+    row("model.layers.{l}.pre_feedforward_layernorm_2.weight", "pre_ffw_norm_2.weight", Att, &[Hidden], Fold::Norm, When::DenseBranch),
+    row("model.layers.{l}.post_feedforward_layernorm_2.weight", "post_ffw_norm_2.weight", Att, &[Hidden], Fold::Norm, When::DenseBranch),
+    row("model.layers.{l}.router.proj.weight", "ffn_gate_inp.weight", Att, &[Experts, Hidden], Fold::None, When::Routed),
+    row("model.layers.{l}.router.scale", "ffn_gate_inp.scale", Att, &[Hidden], Fold::None, When::Routed),
+    row("model.layers.{l}.router.per_expert_scale", "ffn_down_exps.scale", Att, &[Experts], Fold::None, When::Routed),
+    row("model.layers.{l}.experts.gate_up_proj", "ffn_gate_up_exps.weight", Ff, &[Experts, TwoExpertFfn, Hidden], Fold::None, When::Routed),
+    row("model.layers.{l}.experts.down_proj", "ffn_down_exps.weight", Ff, &[Experts, Hidden, ExpertFfn], Fold::None, When::Routed),
+];
+
 pub(super) const GEMMA4: Family = Family {
     classes: &["Gemma4ForConditionalGeneration", "Gemma4ForCausalLM"],
     architecture: "gemma4",
@@ -42,6 +56,7 @@ pub(super) const GEMMA4: Family = Family {
         ATTENTION,
         maps::FOUR_NORMS,
         maps::DENSE,
+        EXPERTS,
     ],
     norms_around_zero: false,
     window: Window::AllButEach(6),

@@ -89,6 +89,38 @@ fn yarn_is_written_as_it_is_told() {
     );
 }
 
+/// What `_compute_yarn_parameters` of `transformers` makes of the two scales and of whole pairs.
+#[test]
+fn yarn_scales_by_both_numbers_or_by_none() {
+    let yarn = |parameters: Value| {
+        let plan = with("qwen2", |c| {
+            c["rope_scaling"] = json!({"type": "yarn", "factor": 4.0});
+            for (key, value) in parameters.as_object().unwrap() {
+                c["rope_scaling"][key] = value.clone();
+            }
+        });
+        match plan.plan().unwrap().config.rope.scaling {
+            Some(RopeScaling::Yarn {
+                attention_factor,
+                fractional,
+                ..
+            }) => (attention_factor, fractional),
+            other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!(yarn(json!({"mscale": 0.7})), (None, false));
+    assert_eq!(
+        yarn(json!({"mscale": 0, "mscale_all_dim": 0})),
+        (None, false)
+    );
+    let ratio = (0.07 * 4f64.ln() + 1.0) / (0.1 * 4f64.ln() + 1.0);
+    let both = json!({"mscale": 0.7, "mscale_all_dim": 1.0, "truncate": true});
+    assert_eq!(yarn(both), (Some(ratio as f32), false));
+    let told =
+        json!({"mscale": 0.7, "mscale_all_dim": 1.0, "attention_factor": 1.5, "truncate": false});
+    assert_eq!(yarn(told), (Some(1.5), true));
+}
+
 /// The number of experts has two names; a window of qwen3_moe is for all layers or for none.
 #[test]
 fn experts_are_counted_under_either_name() {
@@ -134,8 +166,6 @@ fn what_the_forward_pass_cannot_follow_is_refused() {
         })
     };
     let errors = [
-        ("yarn with mscale", yarn("mscale", json!(0.7)).error()),
-        ("yarn untruncated", yarn("truncate", json!(false)).error()),
         (
             "yarn of no context",
             yarn("original_max_position_embeddings", json!(0.5)).error(),
