@@ -12,7 +12,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::weights::Weight;
+use crate::weights::{Stack, Weight};
 
 /// Collects over any number of steps; [`crate::Forward::collecting`] and [`crate::Local::collecting`] fill it.
 #[derive(Debug, Default)]
@@ -40,19 +40,16 @@ impl Collector {
     /// Adds `rows` of a matrix, in order; each is the number of a matrix of `n_matrices` and what entered it.
     fn add<'a>(
         &self,
-        weight: &Weight,
+        (name, n_cols): (&str, usize),
         n_matrices: usize,
         rows: impl Iterator<Item = (usize, &'a [f32])>,
     ) {
         let mut sums = self.sums.lock().unwrap_or_else(PoisonError::into_inner);
-        let n_cols = weight.n_cols;
-        let sums = sums
-            .entry(weight.name().to_owned())
-            .or_insert_with(|| ColumnSums {
-                n_cols,
-                squares: vec![0.0; n_matrices * n_cols],
-                counts: vec![0; n_matrices],
-            });
+        let sums = sums.entry(name.to_owned()).or_insert_with(|| ColumnSums {
+            n_cols,
+            squares: vec![0.0; n_matrices * n_cols],
+            counts: vec![0; n_matrices],
+        });
         for (matrix, row) in rows {
             sums.counts[matrix] += 1;
             let squares = &mut sums.squares[matrix * n_cols..][..n_cols];
@@ -78,8 +75,18 @@ impl Watch {
         if let Some(collector) = &self.0 {
             for weight in weights {
                 let rows = rows.chunks_exact(weight.n_cols).map(|row| (0, row));
-                collector.add(weight, 1, rows);
+                collector.add((weight.name(), weight.n_cols), 1, rows);
             }
+        }
+    }
+
+    /// Tells that `rows`, `(n, matrices, n_cols)`, enter the matrices of `stack`.
+    #[inline]
+    pub(crate) fn see_stack(&self, stack: &Stack, rows: &[f32]) {
+        if let Some(collector) = &self.0 {
+            let rows = rows.chunks_exact(stack.n_cols).enumerate();
+            let rows = rows.map(|(i, row)| (i % stack.n, row));
+            collector.add((stack.name(), stack.n_cols), stack.n, rows);
         }
     }
 
@@ -104,7 +111,7 @@ impl Watch {
                     let row = &rows[row as usize * n_cols..][..n_cols];
                     ((expert - first) as usize, row)
                 });
-                collector.add(weight, n_experts, rows);
+                collector.add((weight.name(), n_cols), n_experts, rows);
             }
         }
     }

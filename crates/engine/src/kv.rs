@@ -451,16 +451,19 @@ impl Sequence {
         self.states.forget_saved()
     }
 
-    /// Makes room for `n_tokens` more; they are not remembered before [`Sequence::advance`].
+    /// Makes room for `n_tokens` more; they are not remembered before [`Sequence::advance`]. Gives up copies of its own
+    /// states where there is no room beside them.
     ///
     /// # Errors
     /// [`OutOfPages`]; the sequence is as it was.
     pub(crate) fn reserve(&mut self, n_tokens: usize) -> Result<(), OutOfPages> {
-        let n_pages = self.pages_needed(n_tokens);
-        let n_needed = n_pages + self.state_pages_needed(n_tokens);
-        if n_needed > 0 {
-            self.cache.take(n_needed)?;
+        let taken = self.cache.take(self.n_pages_needed(n_tokens));
+        if taken.is_err() && self.forget_saved() {
+            self.cache.take(self.n_pages_needed(n_tokens))?;
+        } else {
+            taken?;
         }
+        let n_pages = self.pages_needed(n_tokens);
         let shared: Vec<usize> = match n_pages {
             0 => Vec::new(),
             _ => self.shared_tail(n_tokens).collect(),

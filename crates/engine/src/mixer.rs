@@ -8,6 +8,7 @@
 
 pub(crate) mod attention;
 mod delta_net;
+mod latent;
 
 use quant::Activations;
 use vindex::{Config, Vindex};
@@ -19,6 +20,7 @@ use crate::threads::Pool;
 use crate::weights::{ModelError, Weight};
 use attention::Attention;
 use delta_net::DeltaNet;
+use latent::Latent;
 
 /// The mixer of a layer.
 #[derive(Debug)]
@@ -27,6 +29,8 @@ pub(crate) enum Mixer {
     Attention(Attention),
     /// A state that each row changes and asks.
     DeltaNet(DeltaNet),
+    /// Softmax over compressed keys.
+    Latent(Latent),
 }
 
 /// The rows of one sequence in a batch.
@@ -50,14 +54,16 @@ pub(crate) struct Room<'a> {
 pub(crate) struct Buffers {
     attention: attention::Buffers,
     delta_net: delta_net::Buffers,
+    latent: latent::Buffers,
 }
 
 impl Mixer {
     /// Finds the tensors of layer `l`.
     pub(crate) fn open(v: &Vindex, config: &Config, l: u32) -> Result<Mixer, ModelError> {
-        match config.is_recurrent(l) {
-            true => DeltaNet::open(v, config, l).map(Mixer::DeltaNet),
-            false => Attention::open(v, config, l).map(Mixer::Attention),
+        match config.attention.latent {
+            _ if config.is_recurrent(l) => DeltaNet::open(v, config, l).map(Mixer::DeltaNet),
+            Some(latent) => Latent::open(v, config, latent, l).map(Mixer::Latent),
+            None => Attention::open(v, config, l).map(Mixer::Attention),
         }
     }
 
@@ -66,14 +72,17 @@ impl Mixer {
         match self {
             Mixer::Attention(attention) => ("attn_output", attention.width()),
             Mixer::DeltaNet(net) => ("ssm_out", net.width()),
+            Mixer::Latent(latent) => ("attn_output", latent.width()),
         }
     }
 
-    /// The matrices.
-    pub(crate) fn weights(&self) -> Vec<&Weight> {
+    /// Bytes of the matrices.
+    pub(crate) fn bytes(&self) -> usize {
+        let sum = |weights: Vec<&Weight>| weights.into_iter().map(Weight::bytes).sum();
         match self {
-            Mixer::Attention(attention) => attention.weights(),
-            Mixer::DeltaNet(net) => net.weights(),
+            Mixer::Attention(attention) => sum(attention.weights()),
+            Mixer::DeltaNet(net) => sum(net.weights()),
+            Mixer::Latent(latent) => latent.bytes(),
         }
     }
 
@@ -94,6 +103,10 @@ impl Mixer {
             Mixer::DeltaNet(net) => {
                 let buffers = (&mut buffers.delta_net, activations);
                 net.mix(room, normed, spans, buffers, mixed);
+            }
+            Mixer::Latent(latent) => {
+                let buffers = (&mut buffers.latent, activations);
+                latent.mix(room, normed, spans, buffers, mixed);
             }
         }
     }

@@ -108,6 +108,14 @@ impl EngineOptions {
             .saturating_mul(self.n_running_max as u64);
         (available_bytes / 2).min(all)
     }
+
+    /// Bytes under the ceiling for what whoever guesses remembers of texts however long they are: of all that run, but
+    /// half of the ceiling at most.
+    fn fixed_bytes_beside(&self) -> u64 {
+        let all = fixed_bytes_beside(&self.drafts, self.kv_type)
+            .saturating_mul(self.n_running_max as u64);
+        all.min(self.kv_bytes_max / 2)
+    }
 }
 
 /// What an engine did and does, at the end of its last step.
@@ -184,9 +192,7 @@ impl Engine {
         // Whoever guesses has pages beside the model's, under the same ceiling.
         let page_bytes = KvCache::page_bytes_for(config, options.kv_type) as u64;
         let beside = page_bytes_beside(&options.drafts, options.kv_type) as u64;
-        let fixed_beside = fixed_bytes_beside(&options.drafts, options.kv_type);
-        let fixed_beside = fixed_beside.saturating_mul(options.n_running_max as u64);
-        let shared = options.kv_bytes_max.saturating_sub(fixed_beside);
+        let shared = options.kv_bytes_max - options.fixed_bytes_beside();
         let of_model =
             u128::from(shared) * u128::from(page_bytes) / u128::from((page_bytes + beside).max(1));
         let cache = KvCache::new(config, options.kv_type, of_model as u64);

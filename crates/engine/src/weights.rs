@@ -171,6 +171,72 @@ impl Weight {
     }
 }
 
+/// Matrices of one shape that lie one after the other in one tensor.
+#[derive(Clone, Debug)]
+pub(crate) struct Stack {
+    name: String,
+    pub(crate) block_type: BlockType,
+    /// Matrices.
+    pub(crate) n: usize,
+    /// Of one matrix.
+    pub(crate) n_rows: usize,
+    pub(crate) n_cols: usize,
+}
+
+impl Stack {
+    /// Finds the matrices `(n, n_rows, n_cols)` called `name`.
+    pub(crate) fn find(
+        vindex: &Vindex,
+        name: String,
+        n: u32,
+        n_rows: u32,
+        n_cols: u32,
+    ) -> Result<Stack, ModelError> {
+        let view = vindex.tensor(&name).ok_or_else(|| missing(vindex, &name))?;
+        let expected = [n_cols.into(), n_rows.into(), n.into()];
+        if view.ne != expected {
+            return Err(ModelError::Shape {
+                tensor: name,
+                expected: expected.to_vec(),
+                got: view.ne.to_vec(),
+            });
+        }
+        Ok(Stack {
+            name,
+            block_type: view.block_type,
+            // They fit: the tensor is in memory.
+            n: n as usize,
+            n_rows: n_rows as usize,
+            n_cols: n_cols as usize,
+        })
+    }
+
+    /// The matrix `i`, as it lies in the file.
+    pub(crate) fn matrix<'a>(&self, vindex: &'a Vindex, i: usize) -> Matrix<'a> {
+        let view = vindex
+            .tensor(&self.name)
+            .expect("it was found when the model was opened");
+        let size = view.bytes.len() / self.n;
+        Matrix {
+            block_type: self.block_type,
+            n_rows: self.n_rows,
+            n_cols: self.n_cols,
+            bytes: &view.bytes[i * size..][..size],
+        }
+    }
+
+    /// GGUF name.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Bytes of all.
+    pub(crate) fn bytes(&self) -> usize {
+        let row_bytes = self.block_type.row_bytes(self.n_cols);
+        self.n * self.n_rows * row_bytes.expect("a stored row is whole blocks")
+    }
+}
+
 /// The numbers of the vector called `name`.
 pub(crate) fn vector(vindex: &Vindex, name: &str, n: u32) -> Result<Vec<f32>, ModelError> {
     numbers(vindex, name, &[n.into()])

@@ -71,14 +71,14 @@ pub(crate) enum Drafter {
 }
 
 impl Drafter {
-    /// For `drafts` that compute. There are pages for as many tokens as the model's cache has with `n_pages`, and what
-    /// `n_texts` take in any case.
+    /// For `drafts` that compute. There are pages for as many tokens as the model's cache has with `n_pages`, and
+    /// `fixed` bytes for what texts take in any case.
     pub(crate) fn of(
         drafts: &Drafts,
         model: &Arc<Model>,
         pool: &Arc<Pool>,
         kv_type: KvType,
-        (n_pages, n_texts): (usize, usize),
+        (n_pages, fixed): (usize, u64),
     ) -> Option<Drafter> {
         let ceiling = |one: &KvCache| one.page_bytes() as u64 * n_pages as u64;
         match drafts {
@@ -96,7 +96,6 @@ impl Drafter {
             }
             Drafts::Model(Assistant { model, ffn }) => {
                 let config = model.config();
-                let fixed = fixed_bytes(drafts, kv_type).saturating_mul(n_texts as u64);
                 let ceiling = ceiling(&KvCache::new(config, kv_type, 0)).saturating_add(fixed);
                 Some(Drafter::Model(Box::new(ModelDrafter {
                     cache: KvCache::new(config, kv_type, ceiling),

@@ -50,8 +50,8 @@ impl Speculation {
             return None;
         }
         // Those who run may each be some tokens ahead of the model.
-        let n_texts = options.n_running_max;
-        let room = (n_pages.saturating_add(n_texts), n_texts);
+        let n_pages = n_pages.saturating_add(options.n_running_max);
+        let room = (n_pages, options.fixed_bytes_beside());
         Some(Speculation {
             drafter: Drafter::of(&options.drafts, model, pool, options.kv_type, room),
             depth: options.draft_depth.map(|n| n.min(DRAFT_DEPTH_MAX)),

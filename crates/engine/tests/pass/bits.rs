@@ -12,8 +12,8 @@ fn prompt(n: u32, seed: u32) -> Vec<u32> {
         .collect()
 }
 
-/// One of each kind: plain, window and soft caps and four norms, routed.
-const FAMILIES: [&str; 4] = ["llama3", "gemma2", "gemma3", "qwen3_moe"];
+/// One of each kind: plain, window and soft caps and four norms, routed, with states.
+const FAMILIES: [&str; 5] = ["llama3", "gemma2", "gemma3", "qwen3_moe", "qwen3_5"];
 
 #[test]
 fn chunks_of_a_prompt() {

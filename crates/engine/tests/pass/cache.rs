@@ -11,7 +11,7 @@ use vindex::Recipe;
 
 use crate::support::{Engine, bits, extracted};
 
-fn tokens(n: usize, seed: usize) -> Vec<u32> {
+pub(crate) fn tokens(n: usize, seed: usize) -> Vec<u32> {
     (0..n).map(|i| ((i * 31 + seed * 7) % 499) as u32).collect()
 }
 
@@ -122,13 +122,13 @@ fn without_pages_a_step_is_refused_and_nothing_changes() {
     assert_eq!(engine.cache.n_free(), 1);
 }
 
-/// Fails when it is told to.
+/// Fails in one layer when it is told to.
 #[derive(Debug)]
-struct Unreliable(Local, AtomicBool);
+pub(crate) struct Unreliable(pub(crate) Local, pub(crate) AtomicBool, pub(crate) u32);
 
 impl FeedForward for Unreliable {
     fn forward(&self, layer: u32, batch: Batch<'_>, out: &mut [f32]) -> Result<(), FfnError> {
-        if layer == 1 && self.1.load(Ordering::Relaxed) {
+        if layer == self.2 && self.1.load(Ordering::Relaxed) {
             return Err(FfnError::Invalid("told to fail".to_owned()));
         }
         self.0.forward(layer, batch, out)
@@ -142,7 +142,7 @@ fn a_step_whose_feed_forward_fails_can_be_repeated() {
     let expected = Engine::new(&model.vindex, KvType::F16, 1).logits(&all);
     let pool = Arc::new(Pool::new(2));
     let local = Local::new(Arc::clone(&model.vindex), Arc::clone(&pool)).unwrap();
-    let ffn = Arc::new(Unreliable(local, AtomicBool::new(false)));
+    let ffn = Arc::new(Unreliable(local, AtomicBool::new(false), 1));
     let opened = Arc::new(Model::open(Arc::clone(&model.vindex)).unwrap());
     let cache = KvCache::new(opened.config(), KvType::F16, 1 << 20);
     let mut forward = Forward::new(opened, pool, Arc::clone(&ffn) as Arc<dyn FeedForward>);

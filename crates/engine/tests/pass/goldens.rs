@@ -56,4 +56,4 @@ macro_rules! families {
     };
 }
 
-families!(gemma2 gemma3 llama llama3 mistral mixtral qwen2 qwen3 qwen3_moe);
+families!(gemma2 gemma3 llama llama3 mistral mixtral qwen2 qwen3 qwen3_5 qwen3_moe);

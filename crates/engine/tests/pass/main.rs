@@ -6,4 +6,5 @@ mod collector;
 mod goldens;
 mod npz;
 mod oracle;
+mod states;
 mod support;

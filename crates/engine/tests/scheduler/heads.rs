@@ -438,6 +438,44 @@ fn another_model_of_the_same_tokens_guesses() {
 }
 
 #[test]
+fn a_model_with_states_is_guessed_for_by_its_head_and_by_itself() {
+    let loaded = super::sameness::family("qwen3_5");
+    let parts = &loaded.parts;
+    let config = parts.model.config();
+    let head = DraftChoice::Mtp(root().join("fixtures/heads/qwen3_5.safetensors"));
+    let head = Drafts::open(&head, &parts.model, &parts.pool).unwrap();
+    let itself = Drafts::Model(Assistant {
+        model: parts.model.clone(),
+        ffn: parts.ffn.clone(),
+    });
+    let expected = all_at_once(&loaded.engine(options()), many(&loaded));
+    // What both take together of four texts.
+    let few = 8 * KvCache::bytes_for(config, KvType::default(), 200);
+    for (drafts, accepts_all) in [(head, false), (itself, true)] {
+        for (depth, kv_bytes_max) in [(1, 64 << 20), (8, 64 << 20), (5, few)] {
+            let engine = loaded.engine(EngineOptions {
+                drafts: drafts.clone(),
+                draft_depth: Some(depth),
+                kv_bytes_max,
+                ..options()
+            });
+            for _ in 0..2 {
+                assert_eq!(all_at_once(&engine, many(&loaded)), expected);
+            }
+            let answer = ask(&engine, request(loaded.prompt(7, 70), 64));
+            let (_, usage) = answer.end.unwrap();
+            if accepts_all {
+                let n_steps = 63_usize.div_ceil(1 + depth);
+                assert_eq!(usage.rejected_tokens, 0);
+                assert_eq!(usage.accepted_tokens, 63 - n_steps);
+            }
+            engine.stop(true);
+            assert!(engine.stats().n_drafted > 0);
+        }
+    }
+}
+
+#[test]
 fn heads_that_do_not_fit_are_refused_with_the_reason() {
     let loaded = Loaded::new("models/kjv");
     let numbers = HeadNumbers::of(loaded.parts.model.config(), Some("acme/kjv".to_owned()));

@@ -6,7 +6,7 @@ use engine::{
 
 use super::{Loaded, answer, ask, options, request, submit};
 
-const FAMILIES: [&str; 9] = [
+const FAMILIES: [&str; 10] = [
     "gemma2",
     "gemma3",
     "llama",
@@ -15,6 +15,7 @@ const FAMILIES: [&str; 9] = [
     "mixtral",
     "qwen2",
     "qwen3",
+    "qwen3_5",
     "qwen3_moe",
 ];
 
@@ -92,8 +93,14 @@ pub(super) fn all_at_once(engine: &Engine, requests: Vec<Request>) -> Vec<Vec<u3
 
 #[test]
 fn tokens_do_not_depend_on_neighbours_prefixes_pieces_or_pages() {
-    // All ways for one family; for those with windows and with experts, the two that have most in them.
-    for (name, ways) in [("qwen3", 0..6), ("gemma3", 3..5), ("mixtral", 3..5)] {
+    // All ways for one family; for those with windows and with experts, the two that have most in
+    // them; states can go wrong in all.
+    for (name, ways) in [
+        ("qwen3", 0..6),
+        ("gemma3", 3..5),
+        ("mixtral", 3..5),
+        ("qwen3_5", 0..6),
+    ] {
         let loaded = family(name);
         let alone = loaded.engine(EngineOptions {
             n_running_max: 1,
