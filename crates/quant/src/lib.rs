@@ -3,14 +3,14 @@
 //!
 //! Invariant: a result depends on the values alone. Every instruction set gives identical bytes, a block never
 //! depends on its neighbours, and decoding is bit for bit what GGUF's reference decoder does. Encoding aims at the
-//! least squared error of the decoded values; its bytes are not the reference encoder's.
+//! least squared error of the decoded values, each as important as the caller says; its bytes are not the reference encoder's.
 //!
 //! Read in this order: [`BlockType`] (names and sizes), `decode.rs` (what the bytes mean), `encode/fit.rs` (how a
 //! group of weights finds its scale), `lanes.rs` and `arch/` (sixteen groups at once on each CPU), `product/` (what a
 //! product is, to the bit), `words.rs` (sixteen rows at once), `elementwise.rs`, `delta.rs` (a recurrent state), `narrow.rs` (the 8-bit and 4-bit
 //! numbers of checkpoints), `mxfp4.rs` (4-bit floats in GGUF).
 //!
-//! Left out: threads (the caller splits rows), importance matrices, and checks for NaN and infinity, which belong to
+//! Left out: threads (the caller splits rows), where importances come from, and checks for NaN and infinity, which belong to
 //! whoever reads a checkpoint. Such values never cause a panic here: in integer blocks a NaN counts as 0 and values
 //! beyond ±1e9 count as ±1e9.
 
@@ -61,6 +61,24 @@ pub fn decode(block_type: BlockType, blocks: &[u8], values: &mut [f32]) {
     decode_with(isa::fastest(), block_type, blocks, values);
 }
 
+/// As [`encode()`], where the squared error of each value costs its `importance`, such as the mean square of the
+/// activations that a column of weights meets: what is small is the sum of `importance * (value - decoded)²` over each
+/// block, and it is never more than that of [`encode()`]. Only ratios within a block matter; an importance that is zero,
+/// negative or NaN counts as next to nothing. Allocates nothing.
+///
+/// Types in which there is nothing to weigh (floats, [`BlockType::Q8_0`], [`BlockType::MXFP4`]) are encoded as by [`encode()`].
+///
+/// # Panics
+/// As [`encode()`], and when `importance` has not one number for each value.
+pub fn encode_weighted(
+    block_type: BlockType,
+    values: &[f32],
+    importance: &[f32],
+    blocks: &mut [u8],
+) {
+    encode_weighted_with(isa::fastest(), block_type, values, importance, blocks);
+}
+
 /// [`encode()`] on a chosen instruction set, for tests and benches.
 ///
 /// # Panics
@@ -68,6 +86,26 @@ pub fn decode(block_type: BlockType, blocks: &[u8], values: &mut [f32]) {
 pub fn encode_with(isa: Isa, block_type: BlockType, values: &[f32], blocks: &mut [u8]) {
     assert_sizes(block_type, values.len(), blocks.len());
     isa::run_lanes(isa, Encode(block_type, values, blocks));
+}
+
+/// [`encode_weighted`] on a chosen instruction set, for tests and benches.
+///
+/// # Panics
+/// As [`encode_weighted`], and when this CPU lacks `isa`.
+pub fn encode_weighted_with(
+    isa: Isa,
+    block_type: BlockType,
+    values: &[f32],
+    importance: &[f32],
+    blocks: &mut [u8],
+) {
+    assert_sizes(block_type, values.len(), blocks.len());
+    assert_eq!(
+        values.len(),
+        importance.len(),
+        "one importance for each value"
+    );
+    isa::run_lanes(isa, EncodeWeighted(block_type, values, importance, blocks));
 }
 
 /// [`decode()`] on a chosen instruction set, for tests and benches.
@@ -85,6 +123,15 @@ impl Work for Encode<'_> {
     #[inline(always)]
     fn run<W: Words>(self) {
         encode::encode::<W::Lanes>(self.0, self.1, self.2);
+    }
+}
+
+struct EncodeWeighted<'a>(BlockType, &'a [f32], &'a [f32], &'a mut [u8]);
+
+impl Work for EncodeWeighted<'_> {
+    #[inline(always)]
+    fn run<W: Words>(self) {
+        encode::encode_weighted::<W::Lanes>(self.0, self.1, self.2, self.3);
     }
 }
 

@@ -6,10 +6,14 @@
 //!
 //! Invariant: lanes are independent, and a group without spread gets scale 0, never a division by it.
 
+use super::importance::Weights;
 use crate::lanes::{Lanes, abs, inverse_or_zero};
 
 /// Spreads below this are rounding noise of the smallest f16 scale (2^-24) and count as none.
 const SPREAD_MIN: f32 = 1e-10;
+
+/// What a sum of squared integers is at least taken as. Where it is less all integers are 0, and what is divided by it too.
+const QQ_MIN: f32 = 1e-30;
 
 /// A later try must be better by this much, in squares of the whole spread. Where several tries fit exactly, as on
 /// values of two kinds, all groups of a block so choose alike, and their scales agree in the few bits that are left.
@@ -19,7 +23,12 @@ const TIE: f32 = 1e-8;
 /// `steps`: into how many steps the largest magnitude is cut, one entry for each try; negative where the largest
 /// value lands on the negative side.
 #[inline(always)]
-pub(super) fn fit_scale<L: Lanes, const N: usize>(x: &[L; N], half: f32, steps: &[f32]) -> L {
+pub(super) fn fit_scale<L: Lanes, const N: usize>(
+    x: &[L; N],
+    weights: &impl Weights<L, N>,
+    half: f32,
+    steps: &[f32],
+) -> L {
     let zero = L::splat(0.0);
     let (q_min, q_max) = (L::splat(-half), L::splat(half - 1.0));
     let extreme = extreme(x);
@@ -33,15 +42,16 @@ pub(super) fn fit_scale<L: Lanes, const N: usize>(x: &[L; N], half: f32, steps: 
     for &step in steps {
         let step_lanes = L::splat(step);
         let (mut rr, mut rq, mut qq) = (zero, zero, zero);
-        for &y in &y {
+        for (i, &y) in y.iter().enumerate() {
             let u = y * step_lanes;
             let q = u.max(q_min).min(q_max).round();
             let r = u - q;
-            rr = r.mul_add(r, rr);
-            rq = r.mul_add(q, rq);
-            qq = q.mul_add(q, qq);
+            let (wr, wq) = (weights.weigh(i, r), weights.weigh(i, q));
+            rr = r.mul_add(wr, rr);
+            rq = r.mul_add(wq, rq);
+            qq = q.mul_add(wq, qq);
         }
-        let correction = rq / qq.max(L::splat(1.0));
+        let correction = rq / qq.max(L::splat(QQ_MIN));
         let per_step = L::splat(1.0 / step);
         let error = correction.neg_mul_add(rq, rr) * per_step * per_step;
         let scale = (L::splat(1.0) + correction) * per_step;
@@ -69,7 +79,7 @@ pub(super) enum Offset {
     NotNegative,
 }
 
-/// `x ≈ scale * q - offset`, real-valued, with the mean of the integers q that it was fitted to.
+/// `x ≈ scale * q - offset`, real-valued, with the weighted mean of the integers q that it was fitted to.
 #[derive(Clone, Copy)]
 pub(super) struct Line<L> {
     pub(super) scale: L,
@@ -82,11 +92,13 @@ pub(super) struct Line<L> {
 #[inline(always)]
 pub(super) fn fit_scale_and_offset<L: Lanes, const N: usize>(
     x: &[L; N],
+    weights: &impl Weights<L, N>,
     q_max: f32,
     offset: Offset,
     tries: &[(f32, f32)],
 ) -> Line<L> {
-    let (zero, one, n) = (L::splat(0.0), L::splat(1.0), L::splat(N as f32));
+    let (zero, one) = (L::splat(0.0), L::splat(1.0));
+    let (n, per_n) = (weights.total(), weights.per_total());
     let q_max = L::splat(q_max);
     let (mut low, high) = bounds(x);
     if offset == Offset::NotNegative {
@@ -107,25 +119,26 @@ pub(super) fn fit_scale_and_offset<L: Lanes, const N: usize>(
         let (step_lanes, shift, per_step) = (L::splat(step), L::splat(shift), L::splat(1.0 / step));
         let (mut rr, mut rq, mut r1) = (zero, zero, zero);
         let (mut qq, mut q1) = (zero, zero);
-        for &y in &y {
+        for (i, &y) in y.iter().enumerate() {
             let u = y.mul_add(step_lanes, shift);
             let q = u.max(zero).min(q_max).round();
             let r = u - q;
-            rr = r.mul_add(r, rr);
-            rq = r.mul_add(q, rq);
-            qq = q.mul_add(q, qq);
-            r1 = r1 + r;
-            q1 = q1 + q;
+            let (wr, wq) = (weights.weigh(i, r), weights.weigh(i, q));
+            rr = r.mul_add(wr, rr);
+            rq = r.mul_add(wq, rq);
+            qq = q.mul_add(wq, qq);
+            r1 = r1 + wr;
+            q1 = q1 + wq;
         }
         // Least squares of r ≈ a q + b.
         let determinant = n * qq - q1 * q1;
-        let mut a = (n * rq - r1 * q1) / determinant.max(one);
-        let mut b = (r1 - a * q1) * L::splat(1.0 / N as f32);
+        let mut a = (n * rq - r1 * q1) / determinant.max(weights.determinant_min(qq));
+        let mut b = (r1 - a * q1) * per_n;
         let mut error = rr - a * rq - b * r1;
         if offset == Offset::NotNegative {
             // Where the line would start above 0 it starts at 0: r + start ≈ a q.
             let start = low_y.mul_add(step_lanes, zero - shift);
-            let a_at_0 = (rq + start * q1) / qq.max(one);
+            let a_at_0 = (rq + start * q1) / qq.max(L::splat(QQ_MIN));
             let error_at_0 = rr + start * (r1 + r1 + n * start) - a_at_0 * a_at_0 * qq;
             let above = start + b;
             a = zero.select_lt(above, a_at_0, a);
@@ -144,7 +157,7 @@ pub(super) fn fit_scale_and_offset<L: Lanes, const N: usize>(
     Line {
         scale: spread_min.select_lt(spread, scale_best * spread, zero),
         offset: spread_min.select_lt(spread, low_best.neg_mul_add(spread, offset), offset),
-        q_mean: q1_best * L::splat(1.0 / N as f32),
+        q_mean: q1_best * per_n,
     }
 }
 
@@ -159,7 +172,7 @@ pub(super) fn bounds<L: Lanes, const N: usize>(x: &[L; N]) -> (L, L) {
     (low, high)
 }
 
-/// What is left of a group under a given scale, summed over its elements: e = x - scale * q.
+/// What is left of a group under a given scale, summed over its elements, each as it counts: e = x - scale * q.
 #[derive(Clone, Copy)]
 pub(super) struct Residual<L> {
     /// Sum of e².
@@ -173,17 +186,24 @@ pub(super) struct Residual<L> {
 impl<L: Lanes> Residual<L> {
     /// For `x ≈ scale * q`, each q in `q_min..=q_max` the nearest.
     #[inline(always)]
-    pub(super) fn of<const N: usize>(x: &[L; N], scale: L, q_min: f32, q_max: f32) -> Self {
+    pub(super) fn of<const N: usize>(
+        x: &[L; N],
+        weights: &impl Weights<L, N>,
+        scale: L,
+        q_min: f32,
+        q_max: f32,
+    ) -> Self {
         let zero = L::splat(0.0);
         let (q_min, q_max) = (L::splat(q_min), L::splat(q_max));
         let inverse = inverse_or_zero(scale);
         let (mut ee, mut eq, mut qq) = (zero, zero, zero);
-        for &x in x {
+        for (i, &x) in x.iter().enumerate() {
             let q = (x * inverse).max(q_min).min(q_max).round();
             let e = scale.neg_mul_add(q, x);
-            ee = e.mul_add(e, ee);
-            eq = e.mul_add(q, eq);
-            qq = q.mul_add(q, qq);
+            let wq = weights.weigh(i, q);
+            ee = e.mul_add(weights.weigh(i, e), ee);
+            eq = e.mul_add(wq, eq);
+            qq = q.mul_add(wq, qq);
         }
         Residual { ee, eq, qq }
     }
@@ -191,18 +211,19 @@ impl<L: Lanes> Residual<L> {
     /// What to add to the scale for the least squared error with the same integers.
     #[inline(always)]
     pub(super) fn correction(&self) -> L {
-        self.eq / self.qq.max(L::splat(1.0))
+        self.eq / self.qq.max(L::splat(QQ_MIN))
     }
 }
 
-/// What is left of a group under a given scale and offset, summed over its elements: e = x + offset - scale * q.
+/// What is left of a group under a given scale and offset, summed over its elements, each as it counts: e = x + offset -
+/// scale * q.
 #[derive(Clone, Copy)]
 pub(super) struct ResidualWithOffset<L> {
     /// Sum of e².
     pub(super) ee: L,
     /// Sum of e * q.
     pub(super) eq: L,
-    /// Sum of e.
+    /// Sum of e, as it counts.
     pub(super) e1: L,
     /// Sum of q².
     pub(super) qq: L,
@@ -213,33 +234,38 @@ pub(super) struct ResidualWithOffset<L> {
 impl<L: Lanes> ResidualWithOffset<L> {
     /// For `x ≈ scale * q - offset`, each q in `0..=q_max` the nearest.
     #[inline(always)]
-    pub(super) fn of<const N: usize>(x: &[L; N], scale: L, offset: L, q_max: f32) -> Self {
+    pub(super) fn of<const N: usize>(
+        x: &[L; N],
+        weights: &impl Weights<L, N>,
+        scale: L,
+        offset: L,
+        q_max: f32,
+    ) -> Self {
         let zero = L::splat(0.0);
         let q_max = L::splat(q_max);
         let inverse = inverse_or_zero(scale);
         let (mut ee, mut eq, mut e1, mut qq, mut q1) = (zero, zero, zero, zero, zero);
-        for &x in x {
+        for (i, &x) in x.iter().enumerate() {
             let x = x + offset;
             let q = (x * inverse).max(zero).min(q_max).round();
             let e = scale.neg_mul_add(q, x);
-            ee = e.mul_add(e, ee);
-            eq = e.mul_add(q, eq);
-            e1 = e1 + e;
-            qq = q.mul_add(q, qq);
-            q1 = q1 + q;
+            let (we, wq) = (weights.weigh(i, e), weights.weigh(i, q));
+            ee = e.mul_add(we, ee);
+            eq = e.mul_add(wq, eq);
+            e1 = e1 + we;
+            qq = q.mul_add(wq, qq);
+            q1 = q1 + wq;
         }
         ResidualWithOffset { ee, eq, e1, qq, q1 }
     }
 
     /// What to add to the scale and take from the offset for the least squared error with the same integers.
     #[inline(always)]
-    pub(super) fn correction<const N: usize>(&self) -> (L, L) {
-        let n = L::splat(N as f32);
+    pub(super) fn correction<const N: usize>(&self, weights: &impl Weights<L, N>) -> (L, L) {
+        let n = weights.total();
         let determinant = n * self.qq - self.q1 * self.q1;
-        let scale = (n * self.eq - self.e1 * self.q1) / determinant.max(L::splat(1.0));
-        (
-            scale,
-            (self.e1 - scale * self.q1) * L::splat(1.0 / N as f32),
-        )
+        let determinant = determinant.max(weights.determinant_min(self.qq));
+        let scale = (n * self.eq - self.e1 * self.q1) / determinant;
+        (scale, (self.e1 - scale * self.q1) * weights.per_total())
     }
 }

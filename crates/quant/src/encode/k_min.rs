@@ -5,10 +5,15 @@
 //!
 //! Invariant: of everything tried, a block keeps what decodes with the least squared error.
 
+use std::ops::Range;
+
 use super::fit::{Line, Offset, ResidualWithOffset, fit_scale_and_offset};
+use super::importance::{Importance, Weights};
 use super::{one_by_one, side_by_side};
 use crate::lanes::{Lanes, N_LANES, covering_f16, finite_f16, inverse_or_zero};
 
+/// Values in a block.
+const LEN: usize = 256;
 /// Values in a group.
 const GROUP: usize = 32;
 /// Groups in a block.
@@ -49,10 +54,15 @@ const Q5_K_TRIES: [(f32, f32); 11] = [
 ];
 
 #[inline(always)]
-pub(super) fn encode_q4_k<L: Lanes>(values: &[f32], blocks: &mut [u8]) {
+pub(super) fn encode_q4_k<L: Lanes>(
+    values: &[f32],
+    importance: impl Importance,
+    blocks: &mut [u8],
+) {
     let blocks = blocks.as_chunks_mut::<144>().0;
-    for (values, blocks) in values.chunks(2 * 256).zip(blocks.chunks_mut(2)) {
-        let found = find::<L>(&side_by_side(values), 15.0, &Q4_K_TRIES);
+    for (range, blocks) in pairs(values.len()).zip(blocks.chunks_mut(2)) {
+        let weights = importance.weights::<L, GROUP>(range.clone(), LEN);
+        let found = find(&side_by_side(&values[range]), &weights, 15.0, &Q4_K_TRIES);
         for (half, block) in blocks.iter_mut().enumerate() {
             block[..16].copy_from_slice(&found.header(half));
             pack_low_4_bits(found.groups(half), &mut block[16..]);
@@ -61,10 +71,15 @@ pub(super) fn encode_q4_k<L: Lanes>(values: &[f32], blocks: &mut [u8]) {
 }
 
 #[inline(always)]
-pub(super) fn encode_q5_k<L: Lanes>(values: &[f32], blocks: &mut [u8]) {
+pub(super) fn encode_q5_k<L: Lanes>(
+    values: &[f32],
+    importance: impl Importance,
+    blocks: &mut [u8],
+) {
     let blocks = blocks.as_chunks_mut::<176>().0;
-    for (values, blocks) in values.chunks(2 * 256).zip(blocks.chunks_mut(2)) {
-        let found = find::<L>(&side_by_side(values), 31.0, &Q5_K_TRIES);
+    for (range, blocks) in pairs(values.len()).zip(blocks.chunks_mut(2)) {
+        let weights = importance.weights::<L, GROUP>(range.clone(), LEN);
+        let found = find(&side_by_side(&values[range]), &weights, 31.0, &Q5_K_TRIES);
         for (half, block) in blocks.iter_mut().enumerate() {
             block[..16].copy_from_slice(&found.header(half));
             let groups = found.groups(half);
@@ -78,6 +93,14 @@ pub(super) fn encode_q5_k<L: Lanes>(values: &[f32], blocks: &mut [u8]) {
             pack_low_4_bits(groups, &mut block[48..]);
         }
     }
+}
+
+/// The values of two blocks at a time, at the end of the one that is left.
+#[inline(always)]
+fn pairs(n_values: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..n_values)
+        .step_by(2 * LEN)
+        .map(move |start| start..(start + 2 * LEN).min(n_values))
 }
 
 /// What two blocks hold, before packing. Lanes 0..8 are the first block's groups.
@@ -164,12 +187,12 @@ impl<L: Lanes> Choice<L> {
 
     /// The line that fits best, given the integers of the values.
     #[inline(always)]
-    fn line(&self) -> Line<L> {
-        let (more_scale, less_offset) = self.residual.correction::<GROUP>();
+    fn line(&self, weights: &impl Weights<L, GROUP>) -> Line<L> {
+        let (more_scale, less_offset) = self.residual.correction(weights);
         Line {
             scale: self.d * self.s + more_scale,
             offset: self.dm * self.m - less_offset,
-            q_mean: self.residual.q1 * L::splat(1.0 / GROUP as f32),
+            q_mean: self.residual.q1 * weights.per_total(),
         }
     }
 }
@@ -181,9 +204,14 @@ const TOPS: [(f32, f32); 4] = [(63.0, 63.0), (62.0, 61.0), (60.0, 62.0), (58.0, 
 const AROUND: [f32; 3] = [0.0, -1.0, 1.0];
 
 #[inline(always)]
-fn find<L: Lanes>(x: &[L; GROUP], q_max: f32, tries: &[(f32, f32)]) -> Found {
+fn find<L: Lanes>(
+    x: &[L; GROUP],
+    weights: &impl Weights<L, GROUP>,
+    q_max: f32,
+    tries: &[(f32, f32)],
+) -> Found {
     let zero = L::splat(0.0);
-    let fitted = fit_scale_and_offset(x, q_max, Offset::NotNegative, tries);
+    let fitted = fit_scale_and_offset(x, weights, q_max, Offset::NotNegative, tries);
     let (scale_max, offset_max) = (
         over_block(fitted.scale, f32::max),
         over_block(fitted.offset, f32::max),
@@ -208,16 +236,16 @@ fn find<L: Lanes>(x: &[L; GROUP], q_max: f32, tries: &[(f32, f32)]) -> Found {
         let mut dm = covering_f16(offset_max * L::splat(1.0 / top_m), 0.5 / S_MAX);
         let mut line = fitted;
         for _ in 0..2 {
-            let mut choice = round_to(line, AROUND[0], d, dm, x, q_max);
+            let mut choice = round_to(line, AROUND[0], d, dm, (x, weights), q_max);
             for more in &AROUND[1..] {
-                let other = round_to(line, *more, d, dm, x, q_max);
+                let other = round_to(line, *more, d, dm, (x, weights), q_max);
                 choice = other.or(choice, other.residual.ee, choice.residual.ee);
             }
             let error = over_block(choice.residual.ee, |a, b| a + b);
             best = choice.or(best, error, error_best);
             error_best = error.min(error_best);
-            line = choice.line();
-            (d, dm) = refit(&choice);
+            line = choice.line(weights);
+            (d, dm) = refit(&choice, weights);
         }
     }
     let scale = best.d * best.s;
@@ -246,7 +274,7 @@ fn round_to<L: Lanes>(
     more: f32,
     d: L,
     dm: L,
-    x: &[L; GROUP],
+    (x, weights): (&[L; GROUP], &impl Weights<L, GROUP>),
     q_max: f32,
 ) -> Choice<L> {
     let (zero, s_max) = (L::splat(0.0), L::splat(S_MAX));
@@ -263,19 +291,19 @@ fn round_to<L: Lanes>(
         dm,
         s,
         m,
-        residual: ResidualWithOffset::of(x, scale, dm * m, q_max),
+        residual: ResidualWithOffset::of(x, weights, scale, dm * m, q_max),
     }
 }
 
 /// The block's f16 that fit best, given all 6-bit integers and the integers of the values: least squares over the block.
 #[inline(always)]
-fn refit<L: Lanes>(choice: &Choice<L>) -> (L, L) {
+fn refit<L: Lanes>(choice: &Choice<L>, weights: &impl Weights<L, GROUP>) -> (L, L) {
     let zero = L::splat(0.0);
     let Choice { s, m, residual, .. } = *choice;
     // e ≈ more_d * (s q) - more_dm * m
     let a11 = over_block(s * s * residual.qq, |a, b| a + b);
     let a12 = zero - over_block(s * m * residual.q1, |a, b| a + b);
-    let a22 = over_block(m * m * L::splat(GROUP as f32), |a, b| a + b);
+    let a22 = over_block(m * m * weights.total(), |a, b| a + b);
     let b1 = over_block(s * residual.eq, |a, b| a + b);
     let b2 = zero - over_block(m * residual.e1, |a, b| a + b);
     let product = a11 * a22;

@@ -3,9 +3,12 @@
 //! Invariant: of everything tried, a block keeps what decodes with the least squared error.
 
 use super::fit::{Residual, fit_scale};
+use super::importance::{Importance, Weights};
 use super::{one_by_one, side_by_side};
 use crate::lanes::{Lanes, N_LANES, covering_f16, finite_f16, inverse_or_zero};
 
+/// Values in a block.
+const LEN: usize = 256;
 /// Values in a group.
 const GROUP: usize = 16;
 const Q_MIN: f32 = -32.0;
@@ -23,17 +26,22 @@ const TOPS: [f32; 2] = [128.0, 125.0];
 const AROUND: [f32; 7] = [0.0, -1.0, 1.0, -2.0, 2.0, -3.0, 4.0];
 
 #[inline(always)]
-pub(super) fn encode_q6_k<L: Lanes>(values: &[f32], blocks: &mut [u8]) {
+pub(super) fn encode_q6_k<L: Lanes>(
+    values: &[f32],
+    importance: impl Importance,
+    blocks: &mut [u8],
+) {
     let blocks = blocks.as_chunks_mut::<210>().0;
-    for (values, block) in values.as_chunks::<256>().0.iter().zip(blocks) {
-        encode_block::<L>(&side_by_side(values), block);
+    for (i, (values, block)) in values.as_chunks::<LEN>().0.iter().zip(blocks).enumerate() {
+        let weights = importance.weights::<L, GROUP>(i * LEN..(i + 1) * LEN, LEN);
+        encode_block(&side_by_side(values), &weights, block);
     }
 }
 
 #[inline(always)]
-fn encode_block<L: Lanes>(x: &[L; GROUP], block: &mut [u8; 210]) {
+fn encode_block<L: Lanes>(x: &[L; GROUP], weights: &impl Weights<L, GROUP>, block: &mut [u8; 210]) {
     let zero = L::splat(0.0);
-    let fitted = fit_scale(x, -Q_MIN, &STEPS);
+    let fitted = fit_scale(x, weights, -Q_MIN, &STEPS);
     let mut best = Choice {
         d: zero,
         s: zero,
@@ -48,9 +56,9 @@ fn encode_block<L: Lanes>(x: &[L; GROUP], block: &mut [u8; 210]) {
         let mut d = block_scale(fitted, top);
         let mut scale = fitted;
         for _ in 0..2 {
-            let mut choice = round_to(scale, AROUND[0], d, x);
+            let mut choice = round_to(scale, AROUND[0], d, (x, weights));
             for more in &AROUND[1..] {
-                choice = choice.or(round_to(scale, *more, d, x));
+                choice = choice.or(round_to(scale, *more, d, (x, weights)));
             }
             let error = sum(choice.residual.ee);
             if error < error_best {
@@ -102,7 +110,12 @@ impl<L: Lanes> Choice<L> {
 
 /// The 8-bit scales nearest to `scale` under the block's f16, with `more` added.
 #[inline(always)]
-fn round_to<L: Lanes>(scale: L, more: f32, d: L, x: &[L; GROUP]) -> Choice<L> {
+fn round_to<L: Lanes>(
+    scale: L,
+    more: f32,
+    d: L,
+    (x, weights): (&[L; GROUP], &impl Weights<L, GROUP>),
+) -> Choice<L> {
     let s = (scale * inverse_or_zero(d) + L::splat(more))
         .max(L::splat(-128.0))
         .min(L::splat(127.0))
@@ -110,7 +123,7 @@ fn round_to<L: Lanes>(scale: L, more: f32, d: L, x: &[L; GROUP]) -> Choice<L> {
     Choice {
         d,
         s,
-        residual: Residual::of(x, d * s, Q_MIN, Q_MAX),
+        residual: Residual::of(x, weights, d * s, Q_MIN, Q_MAX),
     }
 }
 

@@ -4,13 +4,16 @@
 //! the files beside it round them to what their block can hold and pack the result. Layouts are drawn in `decode.rs`.
 
 mod fit;
+mod importance;
 mod k_min;
 mod k_signed;
 mod simple;
 
 use crate::BlockType;
+use crate::decode::decode;
 use crate::lanes::{Lanes, N_LANES};
 use crate::mxfp4;
+use importance::{Alike, ByValue};
 
 /// Encodes `values` into `blocks`, whose sizes agree.
 #[inline(always)]
@@ -28,13 +31,72 @@ pub(crate) fn encode<L: Lanes>(block_type: BlockType, values: &[f32], blocks: &m
             }
         }
         BlockType::Q8_0 => simple::encode_q8_0::<L>(values, blocks),
-        BlockType::Q5_0 => simple::encode_q5_0::<L>(values, blocks),
-        BlockType::Q4_0 => simple::encode_q4_0::<L>(values, blocks),
-        BlockType::Q4_1 => simple::encode_q4_1::<L>(values, blocks),
+        BlockType::Q5_0 => simple::encode_q5_0::<L>(values, Alike, blocks),
+        BlockType::Q4_0 => simple::encode_q4_0::<L>(values, Alike, blocks),
+        BlockType::Q4_1 => simple::encode_q4_1::<L>(values, Alike, blocks),
         BlockType::MXFP4 => mxfp4::encode(values, blocks),
-        BlockType::Q5_K => k_min::encode_q5_k::<L>(values, blocks),
-        BlockType::Q4_K => k_min::encode_q4_k::<L>(values, blocks),
-        BlockType::Q6_K => k_signed::encode_q6_k::<L>(values, blocks),
+        BlockType::Q5_K => k_min::encode_q5_k::<L>(values, Alike, blocks),
+        BlockType::Q4_K => k_min::encode_q4_k::<L>(values, Alike, blocks),
+        BlockType::Q6_K => k_signed::encode_q6_k::<L>(values, Alike, blocks),
+    }
+}
+
+/// Values that are encoded with weights at a time: whole blocks of every type.
+const PIECE: usize = 512;
+/// Bytes of the largest piece.
+const PIECE_BYTES_MAX: usize = 512;
+
+/// As [`encode`], where the squared error of each value costs its `importance`. No block costs more than that of
+/// [`encode`], which is what is written where the search with weights finds nothing better.
+#[inline(always)]
+pub(crate) fn encode_weighted<L: Lanes>(
+    block_type: BlockType,
+    values: &[f32],
+    importance: &[f32],
+    blocks: &mut [u8],
+) {
+    let (len, n_bytes) = (block_type.block_len(), block_type.block_bytes());
+    let pieces = values.chunks(PIECE).zip(importance.chunks(PIECE));
+    for ((x, importance), blocks) in pieces.zip(blocks.chunks_mut(PIECE / len * n_bytes)) {
+        let by_value = ByValue(importance);
+        match block_type {
+            BlockType::Q5_0 => simple::encode_q5_0::<L>(x, by_value, blocks),
+            BlockType::Q4_0 => simple::encode_q4_0::<L>(x, by_value, blocks),
+            BlockType::Q4_1 => simple::encode_q4_1::<L>(x, by_value, blocks),
+            BlockType::Q5_K => k_min::encode_q5_k::<L>(x, by_value, blocks),
+            BlockType::Q4_K => k_min::encode_q4_k::<L>(x, by_value, blocks),
+            BlockType::Q6_K => k_signed::encode_q6_k::<L>(x, by_value, blocks),
+            // Steps that a search could choose are fine enough, or there is nothing to choose.
+            BlockType::F32
+            | BlockType::F16
+            | BlockType::BF16
+            | BlockType::Q8_0
+            | BlockType::MXFP4 => {
+                encode::<L>(block_type, x, blocks);
+                continue;
+            }
+        }
+        let mut plain = [0; PIECE_BYTES_MAX];
+        let plain = &mut plain[..blocks.len()];
+        encode::<L>(block_type, x, plain);
+        let (mut found, mut of_plain) = ([0.0; PIECE], [0.0; PIECE]);
+        decode::<L>(block_type, blocks, &mut found[..x.len()]);
+        decode::<L>(block_type, plain, &mut of_plain[..x.len()]);
+        let plain = plain.chunks_exact(n_bytes);
+        for (i, (block, plain)) in blocks.chunks_exact_mut(n_bytes).zip(plain).enumerate() {
+            let range = i * len..(i + 1) * len;
+            let cost = |y: &[f32]| {
+                let errors = x[range.clone()].iter().zip(&y[range.clone()]);
+                let costs = errors.zip(&importance[range.clone()]).map(|((x, y), w)| {
+                    let error = f64::from(*x) - f64::from(*y);
+                    error * error * f64::from(*w)
+                });
+                costs.sum::<f64>()
+            };
+            if cost(&of_plain) < cost(&found) {
+                block.copy_from_slice(plain);
+            }
+        }
     }
 }
 

@@ -3,9 +3,12 @@
 //! Invariant: a scale is judged after it was rounded to f16, by the error that the decoder will make, and the plain
 //! scale that spans the block is always among the candidates. Sixteen blocks are encoded at once.
 
+use std::ops::Range;
+
 use super::fit::{
     Line, Offset, Residual, ResidualWithOffset, bounds, extreme, fit_scale, fit_scale_and_offset,
 };
+use super::importance::{Alike, Importance, Weights};
 use super::{one_by_one, side_by_side};
 use crate::lanes::{Lanes, N_LANES, abs, covering_f16, finite_f16, inverse_or_zero};
 
@@ -33,15 +36,15 @@ const Q4_1_TRIES: [(f32, f32); 9] = [
 
 #[inline(always)]
 pub(super) fn encode_q8_0<L: Lanes>(values: &[f32], blocks: &mut [u8]) {
-    for (values, blocks) in sixteens::<34>(values, blocks) {
-        let x = &side_by_side::<L, LEN>(values);
+    for (range, blocks) in sixteens::<34>(values.len(), blocks) {
+        let x = &side_by_side::<L, LEN>(&values[range]);
         let span = abs(extreme(x)) * L::splat(1.0 / 127.0);
         let (mut d, above) = (finite_f16(span), covering_f16(span, 0.5 / 127.0));
         // They differ for f16 subnormals only: weights are spared the second look.
         if d.store() != above.store() {
             let (error, error_above) = (
-                Residual::of(x, d, -127.0, 127.0).ee,
-                Residual::of(x, above, -127.0, 127.0).ee,
+                Residual::of(x, &Alike, d, -127.0, 127.0).ee,
+                Residual::of(x, &Alike, above, -127.0, 127.0).ee,
             );
             d = error_above.select_lt(error, above, d);
         }
@@ -54,10 +57,15 @@ pub(super) fn encode_q8_0<L: Lanes>(values: &[f32], blocks: &mut [u8]) {
 }
 
 #[inline(always)]
-pub(super) fn encode_q5_0<L: Lanes>(values: &[f32], blocks: &mut [u8]) {
-    for (values, blocks) in sixteens::<22>(values, blocks) {
-        let x = &side_by_side::<L, LEN>(values);
-        let d = signed_scale(x, 16.0, &Q5_0_STEPS);
+pub(super) fn encode_q5_0<L: Lanes>(
+    values: &[f32],
+    importance: impl Importance,
+    blocks: &mut [u8],
+) {
+    for (range, blocks) in sixteens::<22>(values.len(), blocks) {
+        let weights = importance.weights::<L, LEN>(range.clone(), LEN);
+        let x = &side_by_side::<L, LEN>(&values[range]);
+        let d = signed_scale(x, &weights, 16.0, &Q5_0_STEPS);
         let mut q = quantise(x, d, -16.0, 15.0);
         shift(&mut q, L::splat(16.0));
         for ((block, q), d) in blocks.iter_mut().zip(one_by_one(&q)).zip(d.to_f16()) {
@@ -75,10 +83,15 @@ pub(super) fn encode_q5_0<L: Lanes>(values: &[f32], blocks: &mut [u8]) {
 }
 
 #[inline(always)]
-pub(super) fn encode_q4_0<L: Lanes>(values: &[f32], blocks: &mut [u8]) {
-    for (values, blocks) in sixteens::<18>(values, blocks) {
-        let x = &side_by_side::<L, LEN>(values);
-        let d = signed_scale(x, 8.0, &Q4_0_STEPS);
+pub(super) fn encode_q4_0<L: Lanes>(
+    values: &[f32],
+    importance: impl Importance,
+    blocks: &mut [u8],
+) {
+    for (range, blocks) in sixteens::<18>(values.len(), blocks) {
+        let weights = importance.weights::<L, LEN>(range.clone(), LEN);
+        let x = &side_by_side::<L, LEN>(&values[range]);
+        let d = signed_scale(x, &weights, 8.0, &Q4_0_STEPS);
         let mut q = quantise(x, d, -8.0, 7.0);
         shift(&mut q, L::splat(8.0));
         for ((block, q), d) in blocks.iter_mut().zip(one_by_one(&q)).zip(d.to_f16()) {
@@ -91,10 +104,15 @@ pub(super) fn encode_q4_0<L: Lanes>(values: &[f32], blocks: &mut [u8]) {
 }
 
 #[inline(always)]
-pub(super) fn encode_q4_1<L: Lanes>(values: &[f32], blocks: &mut [u8]) {
-    for (values, blocks) in sixteens::<20>(values, blocks) {
-        let x = &side_by_side::<L, LEN>(values);
-        let (d, m) = scale_and_minimum(x);
+pub(super) fn encode_q4_1<L: Lanes>(
+    values: &[f32],
+    importance: impl Importance,
+    blocks: &mut [u8],
+) {
+    for (range, blocks) in sixteens::<20>(values.len(), blocks) {
+        let weights = importance.weights::<L, LEN>(range.clone(), LEN);
+        let x = &side_by_side::<L, LEN>(&values[range]);
+        let (d, m) = scale_and_minimum(x, &weights);
         let mut above = *x;
         shift(&mut above, L::splat(0.0) - m);
         let q = quantise(&above, d, 0.0, 15.0);
@@ -109,33 +127,39 @@ pub(super) fn encode_q4_1<L: Lanes>(values: &[f32], blocks: &mut [u8]) {
     }
 }
 
-/// Sixteen blocks at a time with their values, at the end those that are left.
+/// Sixteen blocks at a time with the range of their values, at the end those that are left.
 #[inline(always)]
-fn sixteens<'a, const BYTES: usize>(
-    values: &'a [f32],
-    blocks: &'a mut [u8],
-) -> impl Iterator<Item = (&'a [f32], &'a mut [[u8; BYTES]])> {
-    values
-        .chunks(N_LANES * LEN)
+fn sixteens<const BYTES: usize>(
+    n_values: usize,
+    blocks: &mut [u8],
+) -> impl Iterator<Item = (Range<usize>, &mut [[u8; BYTES]])> {
+    (0..n_values)
+        .step_by(N_LANES * LEN)
+        .map(move |start| start..(start + N_LANES * LEN).min(n_values))
         .zip(blocks.as_chunks_mut::<BYTES>().0.chunks_mut(N_LANES))
 }
 
 /// The f16 scale for `x ≈ d * q`, q in `-half..half`.
 #[inline(always)]
-fn signed_scale<L: Lanes>(x: &[L; LEN], half: f32, steps: &[f32]) -> L {
+fn signed_scale<L: Lanes>(
+    x: &[L; LEN],
+    weights: &impl Weights<L, LEN>,
+    half: f32,
+    steps: &[f32],
+) -> L {
     let q_max = half - 1.0;
     // Spanning the block with the largest magnitude on the side of -half, and, as both signs may reach it, on the other.
     let span = finite_f16(extreme(x) * L::splat(-1.0 / half));
     let mirrored = L::splat(0.0) - span;
     let (error, error_mirrored) = (
-        Residual::of(x, span, -half, q_max).ee,
-        Residual::of(x, mirrored, -half, q_max).ee,
+        Residual::of(x, weights, span, -half, q_max).ee,
+        Residual::of(x, weights, mirrored, -half, q_max).ee,
     );
     let mut d_best = error_mirrored.select_lt(error, mirrored, span);
     let mut error_best = error_mirrored.min(error);
-    let mut d = finite_f16(fit_scale(x, half, steps));
+    let mut d = finite_f16(fit_scale(x, weights, half, steps));
     for _ in 0..2 {
-        let residual = Residual::of(x, d, -half, q_max);
+        let residual = Residual::of(x, weights, d, -half, q_max);
         d_best = residual.ee.select_lt(error_best, d, d_best);
         error_best = residual.ee.min(error_best);
         d = finite_f16(d + residual.correction());
@@ -145,22 +169,23 @@ fn signed_scale<L: Lanes>(x: &[L; LEN], half: f32, steps: &[f32]) -> L {
 
 /// The f16 scale and minimum for `x ≈ d * q + m`, q in `0..=15`.
 #[inline(always)]
-fn scale_and_minimum<L: Lanes>(x: &[L; LEN]) -> (L, L) {
+fn scale_and_minimum<L: Lanes>(x: &[L; LEN], weights: &impl Weights<L, LEN>) -> (L, L) {
     let zero = L::splat(0.0);
     let (low, high) = bounds(x);
     let (mut d_best, mut m_best) = (
         finite_f16((high - low) * L::splat(1.0 / 15.0)),
         finite_f16(low),
     );
-    let mut error_best = ResidualWithOffset::of(x, d_best, zero - m_best, 15.0).ee;
-    let Line { scale, offset, .. } = fit_scale_and_offset(x, 15.0, Offset::Free, &Q4_1_TRIES);
+    let mut error_best = ResidualWithOffset::of(x, weights, d_best, zero - m_best, 15.0).ee;
+    let Line { scale, offset, .. } =
+        fit_scale_and_offset(x, weights, 15.0, Offset::Free, &Q4_1_TRIES);
     let (mut d, mut m) = (finite_f16(scale), finite_f16(zero - offset));
     for _ in 0..2 {
-        let residual = ResidualWithOffset::of(x, d, zero - m, 15.0);
+        let residual = ResidualWithOffset::of(x, weights, d, zero - m, 15.0);
         d_best = residual.ee.select_lt(error_best, d, d_best);
         m_best = residual.ee.select_lt(error_best, m, m_best);
         error_best = residual.ee.min(error_best);
-        let (more_scale, less_offset) = residual.correction::<LEN>();
+        let (more_scale, less_offset) = residual.correction(weights);
         (d, m) = (finite_f16(d + more_scale), finite_f16(m + less_offset));
     }
     (d_best, m_best)
