@@ -21,6 +21,9 @@ pub fn dump(vindex: &Vindex, w: &mut dyn Write) -> io::Result<()> {
     writeln!(w, "name    {}", index.name)?;
     writeln!(w, "stem    {}", index.stem)?;
     writeln!(w, "recipe  {}", index.recipe)?;
+    if let Some(calibration) = &index.calibration {
+        writeln!(w, "weighed by the statistics {}", calibration.imatrix)?;
+    }
     writeln!(w, "slice   {}", vindex.share())?;
     if let Some(from) = vindex.provenance() {
         let unknown = || "unknown".to_owned();

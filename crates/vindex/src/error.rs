@@ -215,6 +215,20 @@ pub enum Error {
         /// What differs.
         reason: String,
     },
+    /// A file of statistics is none, or is damaged.
+    #[error("{} is no importance matrix: {reason}", path.display())]
+    Imatrix {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// Statistics that cannot weigh the errors of this plan's blocks.
+    #[error("the statistics are of no use here: {reason}; collect them with this model")]
+    Calibration {
+        /// What does not fit.
+        reason: String,
+    },
     /// The directory has no `index.json`.
     #[error("{} is not a vindex: {}", path.display(), if path.is_dir() {
         "it has no index.json (an extraction that did not finish leaves none)"

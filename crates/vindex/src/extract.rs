@@ -448,6 +448,7 @@ fn index(plan: &Plan, layout: &Layout<'_>, finished: &BTreeMap<String, FinishedP
         name: plan.origin.model_name.clone(),
         stem: plan.stem.clone(),
         recipe: plan.recipe,
+        calibration: plan.imatrix.as_ref().map(|imatrix| imatrix.calibration()),
         config: plan.config.clone(),
         parts,
         tensors,

@@ -18,7 +18,7 @@ const VERSION: u32 = 3;
 /// ggml's `GGML_MAX_DIMS`.
 const MAX_DIMS: u32 = 4;
 /// ggml's `GGML_MAX_NAME`, less the closing zero.
-const MAX_NAME_BYTES: usize = 63;
+pub(crate) const MAX_NAME_BYTES: usize = 63;
 
 /// One metadata value.
 #[derive(Clone, Debug, PartialEq)]

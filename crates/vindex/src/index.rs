@@ -18,6 +18,7 @@ use sha2::{Digest, Sha256};
 use crate::config::Config;
 use crate::error::Error;
 use crate::gguf;
+use crate::imatrix::Calibration;
 use crate::plan::Component;
 use crate::recipe::Recipe;
 
@@ -96,6 +97,9 @@ pub struct Index {
     pub stem: String,
     /// How the weights are stored.
     pub recipe: Recipe,
+    /// What the errors of its blocks were weighed by, where they were.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub calibration: Option<Calibration>,
     /// The model's numbers.
     pub config: Config,
     /// Parts, in file order.
@@ -162,8 +166,14 @@ impl Index {
         fn lines<T: Serialize>(items: &[T]) -> String {
             items.iter().map(json).collect::<Vec<_>>().join(",\n")
         }
+        let calibration = self
+            .calibration
+            .as_ref()
+            .map_or(String::new(), |calibration| {
+                format!("\"calibration\":{},\n", json(calibration))
+            });
         format!(
-            "{{\n\"format\":{},\n\"name\":{},\n\"stem\":{},\n\"recipe\":{},\n\"config\":{},\n\
+            "{{\n\"format\":{},\n\"name\":{},\n\"stem\":{},\n\"recipe\":{},\n{calibration}\"config\":{},\n\
              \"parts\":[\n{}\n],\n\"tensors\":[\n{}\n]\n}}\n",
             json(&self.format),
             json(&self.name),
@@ -217,6 +227,15 @@ impl Index {
             if !is_sha256(&part.sha256) {
                 return Err(format!("part {expected}: its sha256 is not 64 hex digits"));
             }
+        }
+        if self
+            .calibration
+            .as_ref()
+            .is_some_and(|calibration| !is_sha256(&calibration.imatrix))
+        {
+            return Err(
+                "calibration: the sha256 of its statistics is not 64 hex digits".to_owned(),
+            );
         }
         let mut names = HashSet::new();
         let mut last = (0, 0);

@@ -3,14 +3,17 @@
 //!
 //! Invariant: the plan alone decides the bytes of the vindex; `extract` executes it and adds nothing.
 
+use std::sync::Arc;
+
 use quant::BlockType;
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 
 use crate::checkpoint::{self, Checkpoint};
 use crate::config::Config;
 use crate::config_json::ConfigJson;
 use crate::error::Error;
 use crate::gguf::MetaValue;
+use crate::imatrix::Imatrix;
 use crate::metadata;
 use crate::placement;
 use crate::recipe::Recipe;
@@ -89,6 +92,7 @@ fn of_checkpoint(
         parts: placed.parts,
         left_out: placed.left_out,
         warnings,
+        imatrix: None,
         origin,
         checkpoint,
     })
@@ -127,12 +131,28 @@ pub struct Plan {
     pub left_out: Vec<LeftOut>,
     /// What the operator should know before a long run.
     pub warnings: Vec<String>,
+    /// What the errors of blocks are weighed by; [`Plan::calibrated`] sets it.
+    #[serde(
+        rename = "calibration",
+        serialize_with = "calibration",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub imatrix: Option<Arc<Imatrix>>,
     /// Where the source is; goes to `provenance.json`.
     #[serde(skip)]
     pub origin: Origin,
     /// Where the weights are in the source, so that no header is read twice.
     #[serde(skip)]
     pub checkpoint: Checkpoint,
+}
+
+/// As the index says it.
+fn calibration<S: Serializer>(
+    imatrix: &Option<Arc<Imatrix>>,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    let calibration = imatrix.as_ref().map(|imatrix| imatrix.calibration());
+    calibration.serialize(serializer)
 }
 
 /// One GGUF file.

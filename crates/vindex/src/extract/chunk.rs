@@ -10,6 +10,7 @@ use super::view::{self, Span, View};
 use crate::checkpoint::{Checkpoint, Dtype, SourceTensor};
 use crate::error::Error;
 use crate::gguf;
+use crate::imatrix::Importance;
 use crate::plan::{Change, Plan, PlannedTensor, Values};
 
 /// What cannot be cut and is larger than this is refused rather than held in memory.
@@ -31,6 +32,8 @@ pub(crate) struct Job<'a> {
     change: Change,
     /// In place of sources: blocks that are kept.
     packed: Option<Packed<'a>>,
+    /// Where errors are weighed.
+    importance: Option<Importance<'a>>,
 }
 
 /// A tensor of the checkpoint, of a type that we read.
@@ -53,6 +56,8 @@ pub(crate) struct Chunk {
     view: View,
     /// What is read of it, one piece after another.
     pub(crate) spans: Vec<Span>,
+    /// First value, counted in the tensor.
+    start: u64,
     pub(crate) n_values: usize,
     /// The last one of its source, so that what was counted in it can be told.
     pub(crate) ends_source: bool,
@@ -67,6 +72,8 @@ pub(crate) struct Scratch {
     read: Vec<f32>,
     /// As they are stored.
     tile: Vec<f32>,
+    /// How much their errors count.
+    weights: Vec<f32>,
 }
 
 /// The jobs of the parts that `wanted` picks, in file order.
@@ -86,10 +93,12 @@ pub(crate) fn jobs<'a>(
     {
         for tensor in &planned.tensors {
             let job = Job::new(part, tensor, &plan.checkpoint);
-            jobs.push(job.map_err(|reason| Error::Plan {
+            let mut job = job.map_err(|reason| Error::Plan {
                 tensor: tensor.name.clone(),
                 reason,
-            })?);
+            })?;
+            job.importance = Importance::of(plan, tensor);
+            jobs.push(job);
         }
     }
     Ok(jobs)
@@ -128,6 +137,7 @@ impl<'a> Job<'a> {
                     views: Vec::new(),
                     change: Change::None,
                     packed: None,
+                    importance: None,
                 });
             }
             Values::Packed {
@@ -153,6 +163,7 @@ impl<'a> Job<'a> {
                     views: views.into_iter().map(|view| (0, view)).collect(),
                     change: Change::None,
                     packed: Some(packed),
+                    importance: None,
                 });
             }
             Values::Checkpoint { tensors, transform } => (tensors, transform),
@@ -196,6 +207,7 @@ impl<'a> Job<'a> {
             views,
             change: transform.change,
             packed: None,
+            importance: None,
         })
     }
 
@@ -238,6 +250,7 @@ impl<'a> Job<'a> {
                 job,
                 source: *source,
                 spans: view.spans(),
+                start: 0,
                 n_values: view.n_values() as usize,
                 view,
                 ends_source: false,
@@ -245,7 +258,10 @@ impl<'a> Job<'a> {
             }));
         }
         let last = chunks.len() - 1;
+        let mut start = 0;
         for i in 0..chunks.len() {
+            chunks[i].start = start;
+            start += chunks[i].n_values as u64;
             chunks[i].ends_tensor = i == last;
             chunks[i].ends_source = i == last || chunks[i + 1].source != chunks[i].source;
         }
@@ -288,12 +304,25 @@ impl<'a> Job<'a> {
             return 0;
         }
         let dtype = self.sources[chunk.source].dtype;
-        let change_and_encode = |values: &mut [f32], blocks: &mut [u8]| {
+        let Scratch {
+            read,
+            tile,
+            weights,
+        } = scratch;
+        let mut start = chunk.start;
+        let mut change_and_encode = |values: &mut [f32], blocks: &mut [u8]| {
             change(self.change, values);
-            quant::encode(block_type, values, blocks);
+            match &self.importance {
+                None => quant::encode(block_type, values, blocks),
+                Some(importance) => {
+                    weights.resize(values.len(), 0.0);
+                    importance.fill(start, weights);
+                    quant::encode_weighted(block_type, values, weights, blocks);
+                }
+            }
+            start += values.len() as u64;
             n_nonfinite(block_type, values)
         };
-        let Scratch { read, tile } = scratch;
         if !chunk.view.is_range() {
             read.resize(raw.len() / dtype.block_bytes(), 0.0);
             tile.resize(chunk.n_values, 0.0);
