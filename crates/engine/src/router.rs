@@ -249,19 +249,9 @@ mod tests {
 
     fn experts(n: u32, n_used: u32, gating: Gating) -> Experts {
         Experts {
-            n,
             n_used,
-            ffn: 1,
-            gating,
             normalise: true,
-            scale: 1.0,
-            groups: None,
-            choice_bias: false,
-            router_bias: false,
-            bias: false,
-            n_leading_dense: 0,
-            shared: None,
-            dense_branch: false,
+            ..Experts::new(n, gating)
         }
     }
 

@@ -351,7 +351,7 @@ pub enum Gating {
 
 impl Experts {
     /// `n` experts of which everything else is still to be said.
-    pub(crate) fn new(n: u32, gating: Gating) -> Experts {
+    pub fn new(n: u32, gating: Gating) -> Experts {
         Experts {
             n,
             n_used: 1,

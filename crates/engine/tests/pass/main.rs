@@ -3,6 +3,7 @@
 mod bits;
 mod cache;
 mod collector;
+mod experts;
 mod goldens;
 mod npz;
 mod oracle;

@@ -5,17 +5,18 @@ use std::path::Path;
 
 use engine::KvType;
 use serde_json::{Value, json};
-use vindex::{Config, Recipe, RopeKind, RopeScaling, Vindex};
+use vindex::{Activation, Config, Recipe, RopeKind, RopeScaling, Vindex};
 
+use crate::experts::routed;
 use crate::support::{Engine, difference, extracted_from, fixtures};
 
-const HIDDEN: usize = 48;
-const FFN: usize = 80;
-const VOCAB: usize = 512;
-const N_LAYERS: usize = 2;
+pub(crate) const HIDDEN: usize = 48;
+pub(crate) const FFN: usize = 80;
+pub(crate) const VOCAB: usize = 512;
+pub(crate) const N_LAYERS: usize = 2;
 
 /// Writes a checkpoint of random weights: a small llama with what `changes` say.
-fn write_checkpoint(dir: &Path, changes: Value) {
+pub(crate) fn write_checkpoint(dir: &Path, changes: Value) {
     for name in ["tokenizer.json", "tokenizer_config.json"] {
         std::fs::copy(fixtures().join("models/llama").join(name), dir.join(name)).unwrap();
     }
@@ -103,23 +104,27 @@ fn write_checkpoint(dir: &Path, changes: Value) {
     std::fs::write(dir.join("model.safetensors"), file).unwrap();
 }
 
+/// The values of a tensor.
+pub(crate) fn values(vindex: &Vindex, name: &str) -> Vec<f64> {
+    let view = vindex
+        .tensor(name)
+        .unwrap_or_else(|| panic!("no tensor {name}"));
+    let mut values = vec![0.0; view.ne.iter().product::<u64>() as usize];
+    quant::decode(view.block_type, view.bytes, &mut values);
+    values.into_iter().map(f64::from).collect()
+}
+
 /// Logits after each of `tokens`.
-fn oracle(vindex: &Vindex, tokens: &[u32]) -> Vec<f32> {
+pub(crate) fn oracle(vindex: &Vindex, tokens: &[u32]) -> Vec<f32> {
     let config = &vindex.index().config;
-    let get = |name: &str| -> Vec<f64> {
-        let view = vindex
-            .tensor(name)
-            .unwrap_or_else(|| panic!("no tensor {name}"));
-        let mut values = vec![0.0; view.ne.iter().product::<u64>() as usize];
-        quant::decode(view.block_type, view.bytes, &mut values);
-        values.into_iter().map(f64::from).collect()
-    };
+    let get = |name: &str| values(vindex, name);
     let bias = |name: &str, has: bool, n: usize| if has { get(name) } else { vec![0.0; n] };
     let a = &config.attention;
     let mut x: Vec<Vec<f64>> = tokens
         .iter()
         .map(|&t| get("token_embd.weight")[t as usize * HIDDEN..][..HIDDEN].to_vec())
         .collect();
+    let inputs = layer_inputs(vindex, tokens, &x);
     for l in 0..N_LAYERS {
         let name = |part: &str| format!("blk.{l}.{part}");
         let project = |x: &[Vec<f64>], part: &str, n: usize, has: bool| -> Vec<Vec<f64>> {
@@ -132,7 +137,13 @@ fn oracle(vindex: &Vindex, tokens: &[u32]) -> Vec<f32> {
         let normed = norm(&x, &get(&name("attn_norm.weight")), config);
         let mut q = project(&normed, "attn_q", 64, a.qkv_bias);
         let mut k = project(&normed, "attn_k", 32, a.qkv_bias);
-        let v = project(&normed, "attn_v", 32, a.qkv_bias);
+        let mut v = project(&normed, "attn_v", 32, a.qkv_bias);
+        if a.value_norm {
+            for value in v.iter_mut().flat_map(|row| row.chunks_exact_mut(16)) {
+                let root = (dot(value, value) / 16.0 + f64::from(config.norm_eps)).sqrt();
+                value.iter_mut().for_each(|x| *x /= root);
+            }
+        }
         for rows in [&mut q, &mut k] {
             for (position, row) in rows.iter_mut().enumerate() {
                 row.chunks_exact_mut(16)
@@ -148,7 +159,8 @@ fn oracle(vindex: &Vindex, tokens: &[u32]) -> Vec<f32> {
                     .iter()
                     .map(|k| (dot(q, &k[kv..kv + 16]) * f64::from(a.scale)).exp())
                     .collect();
-                let total: f64 = scores.iter().sum();
+                let sink = a.sinks.then(|| get(&name("attn_sinks.weight"))[head].exp());
+                let total = scores.iter().sum::<f64>() + sink.unwrap_or(0.0);
                 for (score, v) in scores.iter().zip(&v) {
                     for (mixed, v) in mixed[head * 16..][..16].iter_mut().zip(&v[kv..kv + 16]) {
                         *mixed += score / total * v;
@@ -156,17 +168,44 @@ fn oracle(vindex: &Vindex, tokens: &[u32]) -> Vec<f32> {
                 }
             }
         }
-        add(
-            &mut x,
-            &project(&mixed, "attn_output", HIDDEN, a.output_bias),
-        );
-        let normed = norm(&x, &get(&name("ffn_norm.weight")), config);
-        let mut gate = project(&normed, "ffn_gate", FFN, config.ffn_bias);
-        let up = project(&normed, "ffn_up", FFN, config.ffn_bias);
-        for (gate, up) in gate.iter_mut().flatten().zip(up.iter().flatten()) {
-            *gate = *gate / (1.0 + (-*gate).exp()) * up;
+        let mut delta = project(&mixed, "attn_output", HIDDEN, a.output_bias);
+        if config.post_norms {
+            delta = norm(&delta, &get(&name("post_attention_norm.weight")), config);
         }
-        add(&mut x, &project(&gate, "ffn_down", HIDDEN, config.ffn_bias));
+        add(&mut x, &delta);
+        let normed = norm(&x, &get(&name("ffn_norm.weight")), config);
+        let mut delta = if config.is_routed(l as u32) {
+            routed(vindex, l, &x, &normed)
+        } else {
+            let mut gate = project(&normed, "ffn_gate", FFN, config.ffn_bias);
+            let up = project(&normed, "ffn_up", FFN, config.ffn_bias);
+            for (gate, up) in gate.iter_mut().flatten().zip(up.iter().flatten()) {
+                *gate = gated(config, *gate, *up);
+            }
+            project(&gate, "ffn_down", HIDDEN, config.ffn_bias)
+        };
+        if config.post_norms {
+            delta = norm(&delta, &get(&name("post_ffw_norm.weight")), config);
+        }
+        add(&mut x, &delta);
+        if let Some(own) = config.layer_embeddings {
+            let width = own.width as usize;
+            let mut narrow = project(&x, "inp_gate", width, false);
+            for (narrow, inputs) in narrow.iter_mut().zip(&inputs) {
+                for (gate, input) in narrow.iter_mut().zip(&inputs[l * width..]) {
+                    *gate = gelu(*gate) * input;
+                }
+            }
+            let delta = project(&narrow, "proj", HIDDEN, false);
+            add(
+                &mut x,
+                &norm(&delta, &get(&name("post_norm.weight")), config),
+            );
+        }
+        if config.layer_scale {
+            let scale = get(&name("layer_output_scale.weight"))[0];
+            x.iter_mut().flatten().for_each(|x| *x *= scale);
+        }
     }
     let normed = norm(&x, &get("output_norm.weight"), config);
     let head = get("token_embd.weight");
@@ -177,22 +216,67 @@ fn oracle(vindex: &Vindex, tokens: &[u32]) -> Vec<f32> {
         .collect()
 }
 
-fn dot(a: &[f64], b: &[f64]) -> f64 {
+/// What layers have of the tokens' own embeddings, as `LayerEmbeddings` says it.
+fn layer_inputs(vindex: &Vindex, tokens: &[u32], x: &[Vec<f64>]) -> Vec<Vec<f64>> {
+    let config = &vindex.index().config;
+    let Some(own) = config.layer_embeddings else {
+        return Vec::new();
+    };
+    let width = own.width as usize;
+    let get = |name: &str| values(vindex, name);
+    let embeddings = get("per_layer_token_embd.weight");
+    let w = get("per_layer_model_proj.weight");
+    let weight = get("per_layer_proj_norm.weight");
+    let row = |(x, token): (&Vec<f64>, &u32)| {
+        let projected = matrix(&w, x);
+        let scaled = projected.iter().map(|x| x / (HIDDEN as f64).sqrt());
+        let scaled: Vec<f64> = scaled.collect();
+        let chunks: Vec<Vec<f64>> = scaled.chunks_exact(width).map(<[f64]>::to_vec).collect();
+        let normed = norm(&chunks, &weight, config).concat();
+        let own = &embeddings[*token as usize * normed.len()..];
+        let sum = |(a, b): (&f64, &f64)| (a + (width as f64).sqrt() * b) / 2.0f64.sqrt();
+        normed.iter().zip(own).map(sum).collect()
+    };
+    x.iter().zip(tokens).map(row).collect()
+}
+
+pub(crate) fn gelu(x: f64) -> f64 {
+    let u = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x * x * x);
+    x * sigmoid(2.0 * u)
+}
+
+pub(crate) fn sigmoid(x: f64) -> f64 {
+    1.0 / (1.0 + (-x).exp())
+}
+
+/// What a gate makes of up.
+pub(crate) fn gated(config: &Config, gate: f64, up: f64) -> f64 {
+    match config.activation {
+        Activation::Silu => gate * sigmoid(gate) * up,
+        Activation::GeluTanh => gelu(gate) * up,
+        Activation::SwigluClamped => {
+            let gate = gate.min(7.0);
+            (up.clamp(-7.0, 7.0) + 1.0) * gate * sigmoid(1.702 * gate)
+        }
+    }
+}
+
+pub(crate) fn dot(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
 
-fn matrix(w: &[f64], x: &[f64]) -> Vec<f64> {
+pub(crate) fn matrix(w: &[f64], x: &[f64]) -> Vec<f64> {
     w.chunks_exact(x.len()).map(|row| dot(row, x)).collect()
 }
 
-fn add(x: &mut [Vec<f64>], y: &[Vec<f64>]) {
+pub(crate) fn add(x: &mut [Vec<f64>], y: &[Vec<f64>]) {
     x.iter_mut()
         .flatten()
         .zip(y.iter().flatten())
         .for_each(|(x, y)| *x += y);
 }
 
-fn norm(x: &[Vec<f64>], weight: &[f64], config: &Config) -> Vec<Vec<f64>> {
+pub(crate) fn norm(x: &[Vec<f64>], weight: &[f64], config: &Config) -> Vec<Vec<f64>> {
     let row = |x: &Vec<f64>| {
         let scale = (dot(x, x) / x.len() as f64 + f64::from(config.norm_eps)).sqrt();
         x.iter().zip(weight).map(|(x, w)| x / scale * w).collect()

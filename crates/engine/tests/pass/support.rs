@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use engine::{Forward, KvCache, KvType, Local, Model, Pool, Sequence, Wanted, Work};
 use tempfile::TempDir;
-use vindex::{ExtractOptions, LocalDir, Recipe, Vindex, extract, plan};
+use vindex::{ExtractOptions, LocalDir, Plan, Recipe, Vindex, extract, plan};
 
 pub(crate) fn fixtures() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures")
@@ -22,10 +22,20 @@ pub(crate) fn extracted(family: &str, recipe: Recipe) -> Extracted {
 }
 
 pub(crate) fn extracted_from(checkpoint: &Path, recipe: Recipe) -> Extracted {
+    extracted_with(checkpoint, recipe, |_| {})
+}
+
+/// A vindex of another plan than the checkpoint's own.
+pub(crate) fn extracted_with(
+    checkpoint: &Path,
+    recipe: Recipe,
+    change: impl FnOnce(&mut Plan),
+) -> Extracted {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("vindex");
     let source = LocalDir::open(checkpoint).unwrap();
-    let plan = plan(&source, recipe).unwrap();
+    let mut plan = plan(&source, recipe).unwrap();
+    change(&mut plan);
     let options = ExtractOptions {
         threads: 1,
         allow_nonfinite: false,

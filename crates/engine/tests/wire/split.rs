@@ -1,5 +1,8 @@
-//! Models of the repository, with their weights in this process and on servers: the rows of every layer, and the logits
+//! Models of the repository and of `SKULK_GOLDENS`, with their weights in this process and on servers: the rows of every layer, and the logits
 //! of the whole pass, must be the same bit for bit, for every family, however the weights are shared out.
+
+#[path = "../../../vindex/tests/support/goldens.rs"]
+mod folder;
 
 use std::ops::Range;
 use std::path::Path;
@@ -12,29 +15,15 @@ use vindex::{ExtractOptions, LocalDir, Recipe, Vindex, extract, plan};
 
 use crate::conformance::{conforms_with_dense, refuses};
 use crate::oracle::{Running, bits, connect, tcp, unix};
-
-const FAMILIES: [&str; 9] = [
-    "gemma2",
-    "gemma3",
-    "llama",
-    "llama3",
-    "mistral",
-    "mixtral",
-    "qwen2",
-    "qwen3",
-    "qwen3_moe",
-];
+use folder::{Golden, goldens};
 
 /// Layers and experts of each server.
 type Shares = Vec<(Range<u32>, Range<u32>)>;
 
-fn extracted(family: &str, recipe: Recipe) -> (Arc<Vindex>, TempDir) {
-    let checkpoint = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("../../fixtures/models")
-        .join(family);
+fn extracted(checkpoint: &Path, recipe: Recipe) -> (Arc<Vindex>, TempDir) {
     let dir = tempfile::tempdir().expect("a folder");
     let out = dir.path().join("vindex");
-    let source = LocalDir::open(&checkpoint).expect("a checkpoint");
+    let source = LocalDir::open(checkpoint).expect("a checkpoint");
     let plan = plan(&source, recipe).expect("a plan");
     let options = ExtractOptions {
         threads: 1,
@@ -105,8 +94,8 @@ fn serve(vindex: &Arc<Vindex>, shares: &Shares, at: impl Fn(usize) -> Address) -
 
 /// Calls `with` with the weights in this process, and with a remote for every way to share them out.
 fn every_way(recipe: fn() -> Recipe, with: impl Fn(&str, &Arc<Vindex>, &Arc<Local>, Arc<Remote>)) {
-    for family in FAMILIES {
-        let (vindex, _dir) = extracted(family, recipe());
+    for Golden { family, model, .. } in goldens() {
+        let (vindex, _dir) = extracted(&model, recipe());
         let identity = Identity::of(&vindex);
         let local =
             Arc::new(Local::new(Arc::clone(&vindex), Arc::new(Pool::new(1))).expect("the weights"));
@@ -134,8 +123,8 @@ fn routing(vindex: &Vindex) -> (u32, u32) {
 
 #[test]
 fn weights_in_this_process_pass_the_same_suite() {
-    for family in FAMILIES {
-        let (vindex, _dir) = extracted(family, Recipe::Q4k);
+    for golden in goldens() {
+        let (vindex, _dir) = extracted(&golden.model, Recipe::Q4k);
         let local =
             || Local::new(Arc::clone(&vindex), Arc::new(Pool::new(2))).expect("the weights");
         let (n_used, n_dense) = routing(&vindex);
