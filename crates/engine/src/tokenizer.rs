@@ -1,4 +1,4 @@
-//! Text to tokens and back, by the `tokenizer.json` that the vindex keeps whole.
+//! Text to tokens and back, by the `tokenizer.json` that the vindex keeps whole, or by one made from GGUF's keys.
 //!
 //! A token is a few bytes, not a few characters: [`Tokenizer::token_bytes`] tells them, and every decoding here is the
 //! same three steps over them: put the bytes together, drop the space that an encoder puts before a text, replace what
@@ -7,6 +7,8 @@
 //! Invariant: the texts of a [`Decoder`] put together are the text of [`Tokenizer::decode`].
 //!
 //! Left out: tokenizers whose tokens have no bytes of their own (WordPiece), which no vindex holds.
+
+mod gguf;
 
 use std::collections::{BTreeMap, HashSet};
 
@@ -20,13 +22,14 @@ pub enum TokenizerError {
     /// The first part cannot be read.
     #[error("the tokenizer cannot be read")]
     Vindex(#[from] vindex::Error),
-    /// There is no `tokenizer.json` in it.
+    /// There is none in it.
     #[error(
-        "the vindex has no tokenizer.json (key {KEY}), only ids can be run; extract from a checkpoint that has one"
+        "the vindex has no tokenizer (key {KEY}, or tokenizer.ggml.tokens), only ids can be run; extract from a \
+         checkpoint that has one"
     )]
     Missing,
     /// It is there and not understood.
-    #[error("the vindex's tokenizer.json: {0}")]
+    #[error("the vindex's tokenizer: {0}")]
     Unsupported(String),
 }
 
@@ -56,8 +59,18 @@ impl Tokenizer {
     pub fn of(vindex: &Vindex) -> Result<Tokenizer, TokenizerError> {
         let metadata = vindex.metadata()?;
         let value = |key: &str| metadata.iter().find(|(k, _)| k == key).map(|(_, v)| v);
-        let Some(MetaValue::String(json)) = value(KEY) else {
-            return Err(TokenizerError::Missing);
+        let adds_bos = match value("tokenizer.ggml.add_bos_token") {
+            Some(&MetaValue::Bool(adds_bos)) => Some(adds_bos),
+            _ => None,
+        };
+        let made;
+        let (json, adds_bos) = match value(KEY) {
+            Some(MetaValue::String(json)) => (json, adds_bos.unwrap_or(false)),
+            _ => {
+                let of_keys = gguf::tokenizer_json(&metadata).ok_or(TokenizerError::Missing)?;
+                made = of_keys.map_err(TokenizerError::Unsupported)?;
+                (&made.json, adds_bos.unwrap_or(made.adds_bos))
+            }
         };
         let id_of = |kind: &str| match value(&format!("tokenizer.ggml.{kind}_token_id")) {
             Some(&MetaValue::U32(id)) => Some(id),
@@ -84,7 +97,7 @@ impl Tokenizer {
         let mut tokenizer = Tokenizer::from_json(json, config.vocab as usize)?;
         tokenizer.templates = templates.collect();
         tokenizer.bos = config.bos.or_else(|| id_of("bos"));
-        tokenizer.adds_bos = value("tokenizer.ggml.add_bos_token") == Some(&MetaValue::Bool(true));
+        tokenizer.adds_bos = adds_bos;
         tokenizer.eos = eos;
         Ok(tokenizer)
     }

@@ -60,14 +60,17 @@ pub(crate) enum Command {
 
 #[derive(Debug, Args)]
 pub(crate) struct Extract {
-    /// A directory with the checkpoint, else `owner/name[@revision]` on the Hub; a directory that exists wins
+    /// A directory with the checkpoint, or a file.gguf, else `owner/name[@revision]` on the Hub; what exists here wins
     pub(crate) model: String,
     /// The directory to make
     #[arg(short, long, value_name = "DIR")]
     pub(crate) output: PathBuf,
-    /// How the weights are stored: f32, bf16, f16, q8_0 or q4k
+    /// How the weights are stored: f32, bf16, f16, q8_0 or q4k; not for a model in GGUF, which is kept as it is
     #[arg(long, value_name = "RECIPE")]
-    pub(crate) quant: Recipe,
+    pub(crate) quant: Option<Recipe>,
+    /// Which model, where the source has several in GGUF
+    #[arg(long, value_name = "NAME.gguf")]
+    pub(crate) file: Option<String>,
     /// The branch, tag or commit of the repository
     #[arg(long, value_name = "REVISION")]
     pub(crate) revision: Option<String>,

@@ -42,10 +42,7 @@ pub(crate) fn extract(args: &Extract, context: &Context) -> Result<(), Failure> 
     let output = context.output;
     let model = Model::open(&args.model, args.revision.as_deref(), context)?;
     output.text(format_args!("source: {model}"))?;
-    let plan = vindex::plan(model.source(), args.quant).map_err(Failure::of(format!(
-        "cannot plan the extraction of {}",
-        args.model
-    )))?;
+    let plan = plan(args, &model)?;
     let summary = Summary::of(&plan);
     output.text(summary.to_string().trim_end())?;
     if args.plan {
@@ -93,6 +90,34 @@ pub(crate) fn extract(args: &Extract, context: &Context) -> Result<(), Failure> 
         "vindex": id.to_string(), "output": args.output, "source": model.to_string(), "seconds": seconds,
         "size_bytes": size_bytes, "summary": summary,
     }))
+}
+
+/// The plan of a checkpoint with a recipe, or of a model in GGUF, which needs none.
+fn plan(args: &Extract, model: &Model) -> Result<Plan, Failure> {
+    let source = model.source();
+    let cannot = || format!("cannot plan the extraction of {}", args.model);
+    let is_gguf = args.file.is_some() || vindex::is_gguf(source).map_err(Failure::of(cannot()))?;
+    match (is_gguf, args.quant) {
+        (true, Some(recipe)) => Err(Failure::new(format!(
+            "{} is in GGUF, whose blocks are kept as they are; it cannot become {recipe}",
+            args.model
+        ))
+        .hint("leave --quant away, or extract from the original checkpoint in safetensors")),
+        (false, None) => Err(Failure::new(format!(
+            "{} can be stored in several ways, and --quant does not say how",
+            args.model
+        ))
+        .hint("add --quant with f32, bf16, f16, q8_0 or q4k")),
+        (false, Some(recipe)) => vindex::plan(source, recipe).map_err(Failure::of(cannot())),
+        (true, None) => vindex::plan_gguf(source, args.file.as_deref()).map_err(|error| {
+            let several = matches!(error, vindex::Error::SeveralModels { .. });
+            let failure = Failure::new(cannot()).cause(error);
+            match several {
+                true => failure.hint("--file NAME.gguf takes one of them"),
+                false => failure,
+            }
+        }),
+    }
 }
 
 fn refused(error: vindex::Error, args: &Extract) -> Failure {

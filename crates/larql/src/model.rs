@@ -1,6 +1,6 @@
-//! Where a checkpoint is: a directory here, or a repository of the Hub at one commit.
+//! Where a checkpoint is: a directory or a file here, or a repository of the Hub at one commit.
 //!
-//! Invariant: a directory that exists wins over a repository of the same name, and whoever asks is told which it is.
+//! Invariant: a directory or a file that exists wins over a repository of the same name, and whoever asks is told which it is.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -26,13 +26,23 @@ impl Model {
         context: &Context,
     ) -> Result<Model, Failure> {
         let dir = Path::new(name);
-        if dir.is_dir() {
+        let is_file = dir.is_file() && name.ends_with(".gguf");
+        if dir.is_dir() || is_file {
+            let kind = if is_file { "file" } else { "directory" };
             if let Some(revision) = revision {
-                return Err(Failure::new(format!("{name} is a directory here, which has no revision {revision}"))
-                    .hint("leave --revision away, or run where no directory has this name to read the Hub"));
+                return Err(Failure::new(format!(
+                    "{name} is a {kind} here, which has no revision {revision}"
+                ))
+                .hint(format!(
+                    "leave --revision away, or run where no {kind} has this name to read the Hub"
+                )));
             }
-            let source = LocalDir::open(dir)
-                .map_err(Failure::of(format!("cannot read the checkpoint {name}")))?;
+            let source = match is_file {
+                true => LocalDir::of_file(dir),
+                false => LocalDir::open(dir),
+            };
+            let source =
+                source.map_err(Failure::of(format!("cannot read the checkpoint {name}")))?;
             return Ok(Model::Local {
                 dir: dir.to_owned(),
                 source,
@@ -43,7 +53,7 @@ impl Model {
                 "there is no directory {name}, and it is no repository of the Hub either"
             ))
             .hint(
-                "name a directory with config.json and *.safetensors, or owner/name[@revision]",
+                "name a directory with config.json and *.safetensors, a file.gguf, or owner/name[@revision]",
             ));
         };
         let revision = match (reference.revision.as_deref(), revision) {
@@ -75,7 +85,10 @@ impl Model {
 impl fmt::Display for Model {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Model::Local { dir, .. } => write!(f, "{} (a directory here)", dir.display()),
+            Model::Local { dir, .. } => {
+                let kind = if dir.is_file() { "file" } else { "directory" };
+                write!(f, "{} (a {kind} here)", dir.display())
+            }
             Model::Hub(snapshot) => write!(
                 f,
                 "hf://{} at commit {}",

@@ -12,6 +12,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
+use quant::BlockType;
 use serde::Deserialize;
 use serde::de::{Deserializer, MapAccess, Visitor};
 
@@ -31,6 +32,8 @@ const INDEX_FILE: &str = "model.safetensors.index.json";
 #[derive(Clone, Debug)]
 pub struct Checkpoint {
     tensors: BTreeMap<String, SourceTensor>,
+    /// Lengths of the files that the tensors are in.
+    files: BTreeMap<String, u64>,
 }
 
 /// Where one tensor's values are.
@@ -61,6 +64,8 @@ pub enum Dtype {
     Other(OtherDtype),
     /// Nothing is known of the tensor but its name and its file.
     Unread,
+    /// Blocks of a GGUF file.
+    Blocks(BlockType),
 }
 
 /// A type of safetensors that we do not read values of: its name there and its size.
@@ -71,13 +76,14 @@ pub struct OtherDtype {
 }
 
 impl Dtype {
-    /// Size of one element, in bits.
+    /// Size of one element, in bits; of one in a block the whole bits of the average.
     pub const fn bits(self) -> u64 {
         match self {
             Dtype::F32 => 32,
             Dtype::F16 | Dtype::BF16 => 16,
             Dtype::Other(other) => other.bits,
             Dtype::Unread => 0,
+            Dtype::Blocks(t) => (8 * t.block_bytes() / t.block_len()) as u64,
         }
     }
 
@@ -121,6 +127,7 @@ impl fmt::Display for Dtype {
             Dtype::BF16 => "BF16",
             Dtype::Other(other) => other.name,
             Dtype::Unread => "unread",
+            Dtype::Blocks(block_type) => block_type.name(),
         })
     }
 }
@@ -139,9 +146,10 @@ impl Checkpoint {
     pub(crate) fn of(files: &Files<'_>) -> Result<Checkpoint, Error> {
         // Where both are there, `transformers` too takes the single file.
         if files.size_bytes(SINGLE_FILE).is_some() {
-            return Ok(Checkpoint {
-                tensors: header(files, SINGLE_FILE)?.into_iter().collect(),
-            });
+            return Ok(Checkpoint::new(
+                files,
+                header(files, SINGLE_FILE)?.into_iter().collect(),
+            ));
         }
         if files.size_bytes(INDEX_FILE).is_some() {
             return sharded(files);
@@ -151,9 +159,14 @@ impl Checkpoint {
                 .iter()
                 .any(|e| p.ends_with(e))
         }) {
-            let what = format!(
-                "it has no {SINGLE_FILE}, only weights in another format ({other}); convert it first"
-            );
+            let what = if other.ends_with(".gguf") {
+                format!("its weights are in GGUF ({other}), which has its types already")
+            } else {
+                format!(
+                    "it has no {SINGLE_FILE}, only a pickle of PyTorch's ({other}), which can run what it likes where it \
+                     is read; take a safetensors checkpoint, or convert this one as docs/sources.md says"
+                )
+            };
             return Err(Error::Unsupported { what });
         }
         Err(Error::MissingFile {
@@ -162,6 +175,23 @@ impl Checkpoint {
                 "a safetensors checkpoint ({SINGLE_FILE}, or {INDEX_FILE} with its shards)"
             ),
         })
+    }
+
+    /// Tensors that were found in `files`.
+    pub(crate) fn new(files: &Files<'_>, tensors: BTreeMap<String, SourceTensor>) -> Checkpoint {
+        let lengths = tensors.values().filter_map(|tensor| {
+            let size_bytes = files.size_bytes(&tensor.file)?;
+            Some((tensor.file.clone(), size_bytes))
+        });
+        Checkpoint {
+            files: lengths.collect(),
+            tensors,
+        }
+    }
+
+    /// The files that the tensors are in, with their lengths.
+    pub(crate) fn files(&self) -> impl Iterator<Item = (&str, u64)> {
+        self.files.iter().map(|(file, size)| (file.as_str(), *size))
     }
 
     /// One tensor by its name in the checkpoint.
@@ -175,6 +205,11 @@ impl Checkpoint {
             .iter()
             .map(|(name, tensor)| (name.as_str(), tensor))
     }
+}
+
+/// True when the source has a checkpoint in safetensors.
+pub(crate) fn has_safetensors(files: &Files<'_>) -> bool {
+    files.size_bytes(SINGLE_FILE).is_some() || files.size_bytes(INDEX_FILE).is_some()
 }
 
 #[derive(Deserialize)]
@@ -202,9 +237,8 @@ pub(crate) fn named(files: &Files<'_>) -> Result<(Checkpoint, Option<u64>), Erro
         size_bytes: 0,
     };
     let tensors = index.weight_map.into_iter();
-    let checkpoint = Checkpoint {
-        tensors: tensors.map(|(name, file)| (name, tensor(file))).collect(),
-    };
+    let tensors = tensors.map(|(name, file)| (name, tensor(file))).collect();
+    let checkpoint = Checkpoint::new(files, tensors);
     let size_bytes = index.metadata.total_size.filter(|n| *n >= 1.0);
     Ok((checkpoint, size_bytes.map(|n| n as u64)))
 }
@@ -250,7 +284,7 @@ fn sharded(files: &Files<'_>) -> Result<Checkpoint, Error> {
             }
         }
     }
-    Ok(Checkpoint { tensors })
+    Ok(Checkpoint::new(files, tensors))
 }
 
 /// Reads and proves one file's header.

@@ -131,15 +131,22 @@ fn shown(value: &MetaValue) -> String {
         }
         MetaValue::String(v) => format!("{v:?}"),
         MetaValue::Array(array) => {
-            let (n, text) = match array {
-                MetaArray::U32s(v) => (v.len(), format!("{v:?}")),
-                MetaArray::I32s(v) => (v.len(), format!("{v:?}")),
-                MetaArray::F32s(v) => (v.len(), format!("{v:?}")),
-                MetaArray::Bools(v) => (v.len(), format!("{v:?}")),
-                MetaArray::Strings(v) => (v.len(), format!("{v:?}")),
+            let text = match array {
+                MetaArray::U8s(v) => format!("{v:?}"),
+                MetaArray::I8s(v) => format!("{v:?}"),
+                MetaArray::U16s(v) => format!("{v:?}"),
+                MetaArray::I16s(v) => format!("{v:?}"),
+                MetaArray::U32s(v) => format!("{v:?}"),
+                MetaArray::I32s(v) => format!("{v:?}"),
+                MetaArray::F32s(v) => format!("{v:?}"),
+                MetaArray::Bools(v) => format!("{v:?}"),
+                MetaArray::Strings(v) => format!("{v:?}"),
+                MetaArray::U64s(v) => format!("{v:?}"),
+                MetaArray::I64s(v) => format!("{v:?}"),
+                MetaArray::F64s(v) => format!("{v:?}"),
             };
             if text.chars().count() > MAX_SHOWN_CHARS {
-                format!("array of {n}")
+                format!("array of {}", array.len())
             } else {
                 text
             }

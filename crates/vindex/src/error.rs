@@ -60,6 +60,22 @@ pub enum Error {
         /// What was expected and what is there.
         reason: String,
     },
+    /// GGUF metadata lacks a key or has one that cannot be.
+    #[error("{file}: {key}: {reason}")]
+    Metadata {
+        /// Path inside the source.
+        file: String,
+        /// The key.
+        key: String,
+        /// What was expected and what is there.
+        reason: String,
+    },
+    /// The source has several models in GGUF.
+    #[error("the source has {} models in GGUF: {}; name one of them", files.len(), files.join(", "))]
+    SeveralModels {
+        /// A file of each, the first where a model has several.
+        files: Vec<String>,
+    },
     /// No row of the table of families is for this model.
     #[error("no family is known for {architecture}; known are {}", known.join(", "))]
     UnknownArchitecture {
@@ -77,7 +93,7 @@ pub enum Error {
     /// The checkpoint has tensors that the family's table does not know.
     #[error(
         "the family {family} has no place for {} of the checkpoint's tensors: {}; \
-         this is another kind of model than its config.json says",
+         this is another kind of model than its configuration says",
         tensors.len(), Some8(tensors)
     )]
     UnknownTensors {
@@ -88,7 +104,7 @@ pub enum Error {
     },
     /// The checkpoint lacks tensors that the model needs.
     #[error(
-        "the checkpoint lacks {} of the tensors that its config.json asks for: {}; download it again, all of its files",
+        "the checkpoint lacks {} of the tensors that its configuration asks for: {}; download it again, all of its files",
         tensors.len(), Some8(tensors)
     )]
     MissingTensors {
@@ -97,7 +113,7 @@ pub enum Error {
     },
     /// A tensor's shape is not what `config.json` says.
     #[error(
-        "{file}: tensor {tensor} has shape {got:?}, config.json says {expected:?}; they do not belong together"
+        "{file}: tensor {tensor} has shape {got:?}, its configuration says {expected:?}; they do not belong together"
     )]
     Shape {
         /// Path inside the source.

@@ -171,8 +171,7 @@ fn has_parts(layout: &Layout<'_>, out: &Path, journal: &Journal) -> bool {
     journal.digest.is_some() && parts.any(|part| out.join(&part.file).exists())
 }
 
-/// A plan says where in its source the weights are, so it is of no use with another one. The headers of a
-/// checkpoint's files tile them to their ends, which tells their lengths.
+/// A plan says where in its source the weights are, so it is of no use with another one.
 fn refuse_another_source(source: &dyn Source, plan: &Plan) -> Result<(), Error> {
     let (planned, given) = (&plan.origin, source.origin());
     if given != *planned {
@@ -187,13 +186,8 @@ fn refuse_another_source(source: &dyn Source, plan: &Plan) -> Result<(), Error> 
         let reason = format!("{} was planned, {} is given", named(planned), named(&given));
         return Err(Error::OtherSource { reason });
     }
-    let mut planned_bytes: BTreeMap<&str, u64> = BTreeMap::new();
-    for (_, tensor) in plan.checkpoint.tensors() {
-        let end = planned_bytes.entry(&tensor.file).or_default();
-        *end = (*end).max(tensor.offset_bytes.saturating_add(tensor.size_bytes));
-    }
     let listed = Files::list(source)?;
-    for (file, expected) in planned_bytes {
+    for (file, expected) in plan.checkpoint.files() {
         let got = listed.size_bytes(file);
         if got != Some(expected) {
             let got = got.map_or("absent".to_owned(), |got| format!("{got} bytes long"));
@@ -445,7 +439,7 @@ fn index(plan: &Plan, layout: &Layout<'_>, finished: &BTreeMap<String, FinishedP
     }
     Index {
         format: FORMAT.to_owned(),
-        name: plan.origin.model_name.clone(),
+        name: plan.name.clone(),
         stem: plan.stem.clone(),
         recipe: plan.recipe,
         calibration: plan.imatrix.as_ref().map(|imatrix| imatrix.calibration()),

@@ -157,6 +157,22 @@ impl Family {
         FAMILIES.iter().find(|f| f.classes.contains(&class))
     }
 
+    /// A row for a GGUF architecture, whose feed-forward layers are routed or not.
+    pub(crate) fn of_architecture(architecture: &str, is_routed: bool) -> Option<&'static Family> {
+        let of_architecture = || FAMILIES.iter().filter(|f| f.architecture == architecture);
+        of_architecture()
+            .find(|f| f.experts.is_some() == is_routed)
+            .or_else(|| of_architecture().next())
+    }
+
+    /// Every GGUF architecture the table has a row for.
+    pub(crate) fn architectures() -> Vec<&'static str> {
+        let mut all: Vec<&str> = FAMILIES.iter().map(|f| f.architecture).collect();
+        all.sort_unstable();
+        all.dedup();
+        all
+    }
+
     /// Every class the table has a row for.
     pub(crate) fn classes() -> Vec<&'static str> {
         FAMILIES.iter().flat_map(|f| f.classes).copied().collect()

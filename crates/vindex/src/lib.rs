@@ -15,6 +15,7 @@ mod error;
 mod extract;
 mod families;
 mod gguf;
+mod gguf_source;
 mod imatrix;
 mod index;
 mod local;
@@ -41,6 +42,7 @@ pub use dump::dump;
 pub use error::{Error, Wrong, WrongPart};
 pub use extract::{EXTRACTION_MEMORY_BYTES_MAX, ExtractOptions, JOURNAL_FILE, Progress, extract};
 pub use gguf::{Header, MetaArray, MetaValue, TensorInfo, read_header};
+pub use gguf_source::{is_gguf, plan_gguf};
 pub use imatrix::{Calibration, ColumnStatistics, Imatrix};
 pub use index::{FORMAT, INDEX_FILE, Index, NoVindexId, Part, Tensor, VindexId};
 pub use local::LocalDir;
@@ -56,4 +58,5 @@ pub use slice::{
     SLICE_FILE, Slice, SliceContent, SliceFile, UnknownSlice, slice_files, slice_files_of_index,
 };
 pub use source::{Origin, Source, SourceError, SourceFile};
+pub use tokenizer::{PreStep, PreTokenizer, pre_tokenizer};
 pub use verify::{Verified, verify};

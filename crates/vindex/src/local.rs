@@ -1,7 +1,7 @@
 //! A checkpoint in a directory of this machine, also in the layout of the Hugging Face cache.
 //!
 //! Invariant: no read leaves the directory. The one exception is the cache's own: a snapshot's files are links
-//! into the `blobs` folder beside it. Files in subdirectories are not listed; no checkpoint keeps its own there.
+//! into the `blobs` folder beside it; another is a file that was named itself. Files in subdirectories are not listed; no checkpoint keeps its own there.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use crate::error::Error;
+use crate::gguf_source;
 use crate::source::{Origin, Source, SourceError, SourceFile};
 
 /// A directory with a checkpoint's files, listed once when it is opened.
@@ -82,6 +83,30 @@ impl LocalDir {
             },
         };
         Ok(LocalDir { files, origin })
+    }
+
+    /// One file alone, a model in GGUF, with the others of its directory that it is split into. It may be a link. The
+    /// model's name is the file's.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when its directory cannot be listed.
+    pub fn of_file(path: &Path) -> Result<LocalDir, Error> {
+        let parent = match path.parent() {
+            Some(parent) if parent != Path::new("") => parent,
+            _ => Path::new("."),
+        };
+        let mut dir = LocalDir::open(parent)?;
+        let name = path.file_name().and_then(|n| n.to_str()).unwrap_or("");
+        let of_model = gguf_source::files_of(name);
+        dir.files.retain(|file, _| of_model.contains(file));
+        for file in dir.files.values_mut() {
+            // Whoever names a file wants what is there, wherever it lies.
+            file.is_inside = true;
+        }
+        if dir.origin.repo.is_none() {
+            dir.origin.model_name = gguf_source::stem(name).to_owned();
+        }
+        Ok(dir)
     }
 }
 

@@ -86,6 +86,7 @@ fn of_checkpoint(
     warnings.extend(metadata::not_followed_by_llama_cpp(&config));
     Ok(Plan {
         stem: stem(&origin.model_name, recipe),
+        name: origin.model_name.clone(),
         recipe,
         config,
         metadata,
@@ -98,26 +99,33 @@ fn of_checkpoint(
     })
 }
 
-/// `<model name>-<recipe>` as the beginning of a file name: letters, digits, `.`, `_` and `-`, never a dot or a dash
-/// first.
+/// `<model name>-<recipe>` as the beginning of a file name.
 fn stem(model_name: &str, recipe: Recipe) -> String {
-    let is_safe = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
-    let safe: String = model_name
-        .chars()
-        .take(100)
-        .map(|c| if is_safe(c) { c } else { '-' })
-        .collect();
-    match safe.trim_start_matches(['.', '-']) {
+    match safe_name(model_name).as_str() {
         "" => format!("model-{recipe}"),
         name => format!("{name}-{recipe}"),
     }
 }
 
+/// The text as the beginning of a file name: letters, digits, `.`, `_` and `-`, never a dot or a dash first.
+pub(crate) fn safe_name(text: &str) -> String {
+    let is_safe = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    let safe: String = text
+        .chars()
+        .take(100)
+        .map(|c| if is_safe(c) { c } else { '-' })
+        .collect();
+    safe.trim_start_matches(['.', '-']).to_owned()
+}
+
 /// The whole extraction. Printed by a dry run, executed by `extract`.
 #[derive(Clone, Debug, Serialize)]
 pub struct Plan {
-    /// Stem of the part files, `<model name>-<recipe>`.
+    /// Stem of the part files: `<model name>-<recipe>`, or that of the GGUF file whose blocks are kept.
     pub stem: String,
+    /// The model's own name.
+    #[serde(skip)]
+    pub name: String,
     /// Which block type each kind of tensor gets.
     pub recipe: Recipe,
     /// The model's numbers, as the forward pass reads them.
@@ -225,6 +233,11 @@ pub enum Values {
         scales: String,
         /// Which rows, in which order.
         order: Order,
+    },
+    /// The blocks of a tensor of a GGUF source, byte for byte.
+    Kept {
+        /// Name in the source.
+        tensor: String,
     },
     /// Computed from the configuration (rope factors); row-major.
     Computed {

@@ -23,10 +23,12 @@ pub enum Recipe {
     Q8_0,
     /// Matrices Q4_K, the sensitive ones (`attn_v`, `ffn_down`, embeddings, output head) Q6_K.
     Q4k,
+    /// Every tensor as the GGUF file has it that the vindex was made from, byte for byte.
+    Kept,
 }
 
 impl Recipe {
-    /// Every recipe, from the largest output to the smallest.
+    /// Every recipe that decides types, from the largest output to the smallest.
     pub const ALL: [Recipe; 5] = [
         Recipe::F32,
         Recipe::Bf16,
@@ -43,10 +45,12 @@ impl Recipe {
             Recipe::F16 => "f16",
             Recipe::Q8_0 => "q8_0",
             Recipe::Q4k => "q4k",
+            Recipe::Kept => "kept",
         }
     }
 
-    /// Value of the GGUF key `general.file_type` (llama.cpp's `llama_ftype`: 15 is `MOSTLY_Q4_K_M`).
+    /// Value of the GGUF key `general.file_type` (llama.cpp's `llama_ftype`: 15 is `MOSTLY_Q4_K_M`); 1024, a guess in
+    /// llama.cpp's terms, where blocks are kept and the file they are from has told.
     pub const fn file_type(self) -> u32 {
         match self {
             Recipe::F32 => 0,
@@ -54,19 +58,21 @@ impl Recipe {
             Recipe::Q8_0 => 7,
             Recipe::Q4k => 15,
             Recipe::Bf16 => 32,
+            Recipe::Kept => 1024,
         }
     }
 
     /// The block type of the tensor called `name` in GGUF, of shape `ne` (row length first).
     ///
     /// Vectors, norms, routers and what else is small and sensitive stay F32 in every recipe. A row that is not a whole number of blocks
-    /// falls back to a smaller block: Q8_0 (32 values), then F16 (1 value).
+    /// falls back to a smaller block: Q8_0 (32 values), then F16 (1 value). What is kept has its type already; what would
+    /// have to be made beside it is F32.
     pub fn block_type(self, name: &str, ne: &[u64]) -> BlockType {
         if ne.len() < 2 || stays_f32(name) {
             return BlockType::F32;
         }
         let wanted = match self {
-            Recipe::F32 => BlockType::F32,
+            Recipe::F32 | Recipe::Kept => BlockType::F32,
             Recipe::Bf16 => BlockType::BF16,
             Recipe::F16 => BlockType::F16,
             Recipe::Q8_0 => BlockType::Q8_0,

@@ -367,13 +367,15 @@ impl Headers<'_> {
             Dtype::F32 if keep_f32 && is_router_bias(name) => return Ok((Codec::Copy, shape)),
             Dtype::F32 => return Ok((Codec::Float(BlockType::F32), shape)),
             Dtype::F16 => return Ok((Codec::Float(BlockType::F16), shape)),
-            Dtype::Other(_) | Dtype::Unread => match tensor.dtype.to_string().as_str() {
-                "F8_E4M3" => Narrow::E4M3,
-                "F8_E5M2" => Narrow::E5M2,
-                "F4" | "U8" => Narrow::E2M1,
-                "I8" => Narrow::I8,
-                other => return Err(unsupported(name, other)),
-            },
+            Dtype::Other(_) | Dtype::Unread | Dtype::Blocks(_) => {
+                match tensor.dtype.to_string().as_str() {
+                    "F8_E4M3" => Narrow::E4M3,
+                    "F8_E5M2" => Narrow::E5M2,
+                    "F4" | "U8" => Narrow::E2M1,
+                    "I8" => Narrow::I8,
+                    other => return Err(unsupported(name, other)),
+                }
+            }
         };
         let dtype = tensor.dtype.to_string();
         let is_pairs = dtype == "U8";

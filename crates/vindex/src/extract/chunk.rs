@@ -23,7 +23,7 @@ pub(crate) struct Job<'a> {
     /// Which part of the plan.
     pub(crate) part: usize,
     pub(crate) tensor: &'a PlannedTensor,
-    /// In order along the slowest dimension; empty when the values are computed.
+    /// In order along the slowest dimension; empty when the values are computed, one when its blocks are kept.
     pub(crate) sources: Vec<JobSource<'a>>,
     /// Length of the blocks.
     pub(crate) size_bytes: u64,
@@ -166,6 +166,25 @@ impl<'a> Job<'a> {
                     importance: None,
                 });
             }
+            Values::Kept { tensor: name } => {
+                let source = JobSource::new(name, checkpoint)?;
+                if source.dtype != tensor.block_type || source.n_values != n_values {
+                    return Err(format!(
+                        "{n_values} values in {} blocks are to be kept, {name} has {} in {}",
+                        tensor.block_type, source.n_values, source.dtype
+                    ));
+                }
+                return Ok(Job {
+                    part,
+                    tensor,
+                    sources: vec![source],
+                    size_bytes,
+                    views: vec![(0, View::range(n_values))],
+                    change: Change::None,
+                    packed: None,
+                    importance: None,
+                });
+            }
             Values::Checkpoint { tensors, transform } => (tensors, transform),
         };
         let block_len = tensor.block_type.block_len() as u64;
@@ -236,7 +255,7 @@ impl<'a> Job<'a> {
         let block_len = self.tensor.block_type.block_len() as u64;
         let computed = match &self.tensor.values {
             Values::Computed { values } => Some((0, View::range(values.len() as u64))),
-            Values::Checkpoint { .. } | Values::Packed { .. } => None,
+            Values::Checkpoint { .. } | Values::Packed { .. } | Values::Kept { .. } => None,
         };
         let mut chunks = Vec::new();
         for (source, view) in computed.iter().chain(&self.views) {
@@ -303,6 +322,10 @@ impl<'a> Job<'a> {
             packed.encode(&chunk.view, &chunk.spans, raw, blocks);
             return 0;
         }
+        if let Values::Kept { .. } = &self.tensor.values {
+            blocks.copy_from_slice(raw);
+            return n_nonfinite_in(block_type, raw, &mut scratch.tile);
+        }
         let dtype = self.sources[chunk.source].dtype;
         let Scratch {
             read,
@@ -324,7 +347,7 @@ impl<'a> Job<'a> {
             n_nonfinite(block_type, values)
         };
         if !chunk.view.is_range() {
-            read.resize(raw.len() / dtype.block_bytes(), 0.0);
+            read.resize(chunk.read_values() as usize, 0.0);
             tile.resize(chunk.n_values, 0.0);
             quant::decode(dtype, raw, read);
             chunk.view.gather(&chunk.spans, read, tile);
@@ -336,7 +359,8 @@ impl<'a> Job<'a> {
         let block_tiles = blocks.chunks_mut(block_bytes(block_type, tile_values));
         let mut n_bad = 0;
         for (raw, blocks) in raw_tiles.zip(block_tiles) {
-            let values = &mut tile[..raw.len() / dtype.block_bytes()];
+            let n_values = raw.len() / dtype.block_bytes() * dtype.block_len();
+            let values = &mut tile[..n_values];
             quant::decode(dtype, raw, values);
             n_bad += change_and_encode(values, blocks);
         }
@@ -371,13 +395,17 @@ impl<'a> JobSource<'a> {
             Dtype::F32 => BlockType::F32,
             Dtype::F16 => BlockType::F16,
             Dtype::BF16 => BlockType::BF16,
+            Dtype::Blocks(block_type) => block_type,
             other => {
                 return Err(format!(
                     "{name} has type {other}, expected F32, F16 or BF16"
                 ));
             }
         };
-        let n_values = tensor.size_bytes / dtype.block_bytes() as u64;
+        let n_blocks = tensor.size_bytes / dtype.block_bytes() as u64;
+        let n_values = n_blocks
+            .checked_mul(dtype.block_len() as u64)
+            .ok_or_else(|| format!("{name} is too large"))?;
         Ok(JobSource {
             name,
             tensor,
@@ -388,10 +416,10 @@ impl<'a> JobSource<'a> {
 
     /// Which bytes of the source's file `span` is.
     pub(crate) fn range(&self, span: Span) -> (u64, usize) {
-        let value_bytes = self.dtype.block_bytes() as u64;
+        let (block_len, block_bytes) = (self.dtype.block_len(), self.dtype.block_bytes() as u64);
         (
-            self.tensor.offset_bytes + span.start * value_bytes,
-            (span.n_values * value_bytes) as usize,
+            self.tensor.offset_bytes + span.start / block_len as u64 * block_bytes,
+            (span.n_values / block_len as u64 * block_bytes) as usize,
         )
     }
 }
@@ -407,6 +435,21 @@ pub(crate) fn fit(buffer: &mut Vec<u8>, len: usize) {
         buffer.resize(len, 0);
     }
     buffer.truncate(len);
+}
+
+/// How many values of some blocks are NaN or infinite. `tile` is scratch.
+fn n_nonfinite_in(block_type: BlockType, blocks: &[u8], tile: &mut Vec<f32>) -> u64 {
+    let tile_values = TILE_VALUES.next_multiple_of(block_type.block_len());
+    tile.resize(tile_values, 0.0);
+    let tiles = blocks.chunks(block_bytes(block_type, tile_values));
+    tiles
+        .map(|blocks| {
+            let n_values = blocks.len() / block_type.block_bytes() * block_type.block_len();
+            let values = &mut tile[..n_values];
+            quant::decode(block_type, blocks, values);
+            n_nonfinite(BlockType::F32, values)
+        })
+        .sum()
 }
 
 /// How many values have no finite value of `block_type` that is near them. The K-quants and their like clamp.

@@ -9,6 +9,7 @@ mod pre;
 mod sentencepiece;
 mod special;
 
+pub use pre::{PreStep, PreTokenizer, pre_tokenizer};
 use serde_json::{Map, Value};
 
 use crate::config_json::ConfigJson;

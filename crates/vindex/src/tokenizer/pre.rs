@@ -1,4 +1,4 @@
-//! Which of llama.cpp's pre-tokenizers cuts a text as `tokenizer.json` does.
+//! Which of llama.cpp's pre-tokenizers cuts a text as `tokenizer.json` does, and what its names stand for.
 //!
 //! llama.cpp knows them by name and its converter tells them by hashing a text's tokens; here they are told by
 //! their patterns, which are what the names stand for.
@@ -15,6 +15,66 @@ const DEEPSEEK3_WORDS: &str = r##"[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]
 const BYTE_LEVEL: &str = "ByteLevel";
 /// The step `Digits` that cuts at every digit.
 const EACH_DIGIT: &str = "Digits";
+
+/// What a pre-tokenizer's name in GGUF stands for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PreTokenizer {
+    /// Each cuts what those before it left.
+    pub steps: Vec<PreStep>,
+    /// A piece that is a token is taken whole, without merging.
+    pub takes_words: bool,
+}
+
+/// A step of a pre-tokenizer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PreStep {
+    /// Each match of a pattern is a piece, and so is what lies between.
+    Pattern(&'static str),
+    /// Each digit is a piece.
+    EachDigit,
+    /// The pattern that GPT-2's step has on its own.
+    ByteLevel,
+}
+
+/// The steps that `tokenizer.ggml.pre` stands for, by llama.cpp's names; `None` for one that is not known here.
+pub fn pre_tokenizer(name: &str) -> Option<PreTokenizer> {
+    let alias = match name {
+        "llama3" | "llama-v3" | "falcon3" | "falcon-h1" | "pixtral" | "midm-2.0" | "lfm2" => {
+            "llama-bpe"
+        }
+        "dbrx" => "smaug-bpe",
+        "deepseek-r1-qwen" | "megrez" | "stablelm2" => "qwen2",
+        "phi-2" | "jina-es" | "jina-de" | "gigachat" | "jina-v2-es" | "jina-v2-de" | "a.x-4.0"
+        | "mellum" => "gpt-2",
+        "llama4" => "gpt-4o",
+        other => other,
+    };
+    if alias == "default" {
+        let steps = DEFAULT.map(PreStep::Pattern).to_vec();
+        return Some(PreTokenizer {
+            steps,
+            takes_words: false,
+        });
+    }
+    let (steps, takes_words, _) = KNOWN.iter().find(|(_, _, known)| *known == alias)?;
+    let step = |&step: &&'static str| match step {
+        BYTE_LEVEL => PreStep::ByteLevel,
+        EACH_DIGIT => PreStep::EachDigit,
+        pattern => PreStep::Pattern(pattern),
+    };
+    Some(PreTokenizer {
+        steps: steps.iter().map(step).collect(),
+        takes_words: *takes_words,
+    })
+}
+
+/// What llama.cpp does without a name.
+const DEFAULT: [&str; 4] = [
+    r"[\p{P}\$\+<=>\^~\|]+",
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
+    r"\p{N}+",
+    r"[0-9][0-9][0-9]",
+];
 
 /// Patterns in order; whether llama.cpp takes whole words of the vocabulary without merging; its name.
 const KNOWN: [(&[&str], bool, &str); 9] = [
