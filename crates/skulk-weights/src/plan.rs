@@ -7,6 +7,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
+use terminal::Failure;
 
 use crate::entry::{Entry, Slice, Tier};
 use crate::inspect::Inspection;
@@ -60,6 +61,9 @@ pub(crate) struct PublishPlan {
     pub(crate) mtp_inspection: Option<MtpInspection>,
     /// What the network knows of the vision sidecar; `None` until it was asked.
     pub(crate) vision_inspection: Option<VisionInspection>,
+    /// Why a sidecar that nobody asked for by name could not be inspected; its step would fail.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) warnings: Vec<String>,
 }
 
 /// The two commands that make and publish a vindex, as words.
@@ -201,6 +205,19 @@ impl PublishPlan {
             inspection: None,
             mtp_inspection: None,
             vision_inspection: None,
+            warnings: Vec::new(),
+        }
+    }
+
+    /// What was found, or a warning where all artifacts are planned and this is one of them.
+    pub(crate) fn asked<T>(&mut self, found: Result<T, Failure>) -> Result<Option<T>, Failure> {
+        match found {
+            Ok(found) => Ok(Some(found)),
+            Err(failure @ Failure::One { .. }) if self.artifact == Artifact::All => {
+                self.warnings.push(failure.to_string());
+                Ok(None)
+            }
+            Err(failure) => Err(failure),
         }
     }
 }
@@ -302,6 +319,9 @@ impl fmt::Display for PublishPlan {
         }
         if let Some(inspection) = &self.vision_inspection {
             write!(f, "{inspection}")?;
+        }
+        for warning in &self.warnings {
+            writeln!(f, "a sidecar cannot be planned: {warning}")?;
         }
         Ok(())
     }

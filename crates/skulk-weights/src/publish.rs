@@ -149,14 +149,13 @@ async fn add_inspections(
     if plan.vindex.is_some() {
         plan.inspection = Some(inspect::inspect(plan, hub, larql).await);
     }
-    if let Step::Planned(step) = &plan.mtp {
-        let mut named = inspection::names(step, plan.force, hub).await?;
-        named.layout(step).await?;
-        plan.mtp_inspection = Some(named.inspection);
+    if let Step::Planned(step) = plan.mtp.clone() {
+        let inspected = inspection::inspect(&step, plan.force, hub).await;
+        plan.mtp_inspection = plan.asked(inspected)?;
     }
-    if let Step::Planned(step) = &plan.vision {
-        let inspected = vision::inspect(step, plan.force, hub).await?;
-        plan.vision_inspection = Some(inspected.inspection);
+    if let Step::Planned(step) = plan.vision.clone() {
+        let inspected = vision::inspect(&step, plan.force, hub).await;
+        plan.vision_inspection = plan.asked(inspected.map(|found| found.inspection))?;
     }
     Ok(())
 }

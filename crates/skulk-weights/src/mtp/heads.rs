@@ -156,6 +156,15 @@ impl Names {
         Spelling::of(self.weight_map.keys().map(String::as_str), &self.config)
     }
 
+    /// How many head tensors the index names, where none of their shards is there to be read.
+    pub(crate) fn n_unreadable(&self) -> Option<usize> {
+        let spelling = self.spelling()?;
+        let shards = self.shards(Some(&spelling));
+        let named = self.weight_map.keys();
+        (!shards.iter().any(|shard| self.sizes.contains_key(shard)))
+            .then(|| named.filter(|name| spelling.rename(name).is_some()).count())
+    }
+
     /// Of a checkpoint without an index: how many files it has, and how many head tensors their headers list; `None`
     /// when it has no weights.
     pub(crate) fn n_in_headers(

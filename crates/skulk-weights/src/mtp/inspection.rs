@@ -43,6 +43,9 @@ pub(crate) struct MtpInspection {
     pub(crate) covers_commit: Option<String>,
     /// `None` where they were not looked for: the step is skipped.
     pub(crate) heads: Option<HeadsFound>,
+    /// Tensors of heads that the source names and does not hold: nothing more is known of them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) n_unreadable: Option<usize>,
     pub(crate) warnings: Vec<String>,
 }
 
@@ -93,6 +96,7 @@ pub(crate) async fn names(step: &MtpStep, force: bool, hub: &Hub) -> Result<Name
         source_commit: opened.commit.clone(),
         covers_commit: None,
         heads: None,
+        n_unreadable: None,
         warnings: Vec::new(),
     };
     if let Some(target) = &target {
@@ -121,6 +125,20 @@ pub(crate) async fn names(step: &MtpStep, force: bool, hub: &Hub) -> Result<Name
         target_exists: target.is_some(),
         names,
     })
+}
+
+/// What a dry run can tell of a step.
+pub(crate) async fn inspect(
+    step: &MtpStep,
+    force: bool,
+    hub: &Hub,
+) -> Result<MtpInspection, Failure> {
+    let mut named = names(step, force, hub).await?;
+    named.inspection.n_unreadable = named.names.as_ref().and_then(Names::n_unreadable);
+    if named.inspection.n_unreadable.is_none() {
+        named.layout(step).await?;
+    }
+    Ok(named.inspection)
 }
 
 impl Named {
@@ -220,6 +238,14 @@ impl fmt::Display for MtpInspection {
                     "{} to fetch, {} to publish",
                     size(heads.read_bytes),
                     size(heads.file_bytes)
+                ),
+            )?;
+        }
+        if let Some(n) = self.n_unreadable {
+            line(
+                "mtp heads",
+                &format_args!(
+                    "{n} tensors by name; types and sizes are unread, as it has no weights"
                 ),
             )?;
         }
