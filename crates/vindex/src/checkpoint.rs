@@ -194,6 +194,21 @@ impl Checkpoint {
         self.files.iter().map(|(file, size)| (file.as_str(), *size))
     }
 
+    /// Gives convolutions over channels of their own the shape that `transformers` writes, `(channels, 1, kernel)`, and tells
+    /// whether one had another: MLX's converters write `(channels, kernel, 1)`, which is the same bytes, and where they do
+    /// so they have added the one to norms that are stored around zero.
+    pub(crate) fn turn_convolutions(&mut self) -> bool {
+        let mut any = false;
+        for (name, tensor) in &mut self.tensors {
+            let is_turned = matches!(tensor.shape[..], [_, kernel, 1] if kernel > 1);
+            if name.ends_with(".conv1d.weight") && is_turned {
+                tensor.shape.swap(1, 2);
+                any = true;
+            }
+        }
+        any
+    }
+
     /// One tensor by its name in the checkpoint.
     pub fn tensor(&self, name: &str) -> Option<&SourceTensor> {
         self.tensors.get(name)

@@ -20,6 +20,7 @@ use crate::error::Error;
 pub(crate) use dims::{Dim, Fold, Need, When};
 
 /// One family of models.
+#[derive(Clone, Copy)]
 pub(crate) struct Family {
     /// `architectures` of `config.json`.
     pub(crate) classes: &'static [&'static str],

@@ -12,6 +12,7 @@ use crate::checkpoint::{self, Checkpoint};
 use crate::config::Config;
 use crate::config_json::ConfigJson;
 use crate::error::Error;
+use crate::families::Family;
 use crate::gguf::MetaValue;
 use crate::imatrix::Imatrix;
 use crate::metadata;
@@ -58,11 +59,16 @@ pub struct Forecast {
 fn of_checkpoint(
     source: &dyn Source,
     files: &Files<'_>,
-    checkpoint: Checkpoint,
+    mut checkpoint: Checkpoint,
     recipe: Recipe,
 ) -> Result<Plan, Error> {
     let json = ConfigJson::read(files)?;
     let family = json.family()?;
+    let is_shifted = checkpoint.turn_convolutions();
+    let family = &Family {
+        norms_around_zero: family.norms_around_zero && !is_shifted,
+        ..*family
+    };
     let mut config = json.numbers(family, files)?;
     config.n_nextn = placement::n_nextn(&checkpoint, family);
     let placed = placement::place(&checkpoint, &json, family, &config, recipe)?;

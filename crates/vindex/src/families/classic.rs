@@ -158,6 +158,7 @@ pub(super) const MIXTRAL: Family = Family {
         maps::ATTENTION,
         maps::FFN_NORM,
         maps::MIXTRAL_EXPERTS,
+        maps::MIXTRAL_SWITCH,
     ],
     bias: Bias::None,
     window: Window::All,
@@ -190,6 +191,7 @@ pub(super) const QWEN3_MOE: Family = Family {
         maps::QK_NORM,
         maps::FFN_NORM,
         maps::QWEN_EXPERTS,
+        maps::QWEN_SWITCH,
         maps::STACKED_EXPERTS,
     ],
     experts: Some(ExpertKeys {

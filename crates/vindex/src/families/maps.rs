@@ -77,12 +77,26 @@ pub(super) const MIXTRAL_EXPERTS: &[Row] = &[
     row("model.layers.{l}.block_sparse_moe.experts.{e}.w3.weight", "ffn_up_exps.weight", Ff, &[ExpertFfn, Hidden], Fold::None, Routed),
     row("model.layers.{l}.block_sparse_moe.experts.{e}.w2.weight", "ffn_down_exps.weight", Ff, &[Hidden, ExpertFfn], Fold::None, Routed),
 ];
+/// The same as MLX's converters stack them.
+#[rustfmt::skip]
+pub(super) const MIXTRAL_SWITCH: &[Row] = &[
+    row("model.layers.{l}.block_sparse_moe.switch_mlp.gate_proj.weight", "ffn_gate_exps.weight", Ff, &[Experts, ExpertFfn, Hidden], Fold::None, Routed),
+    row("model.layers.{l}.block_sparse_moe.switch_mlp.up_proj.weight", "ffn_up_exps.weight", Ff, &[Experts, ExpertFfn, Hidden], Fold::None, Routed),
+    row("model.layers.{l}.block_sparse_moe.switch_mlp.down_proj.weight", "ffn_down_exps.weight", Ff, &[Experts, Hidden, ExpertFfn], Fold::None, Routed),
+];
 #[rustfmt::skip]
 pub(super) const QWEN_EXPERTS: &[Row] = &[
     row("model.layers.{l}.mlp.gate.weight", "ffn_gate_inp.weight", Att, &[Experts, Hidden], Fold::None, Routed),
     row("model.layers.{l}.mlp.experts.{e}.gate_proj.weight", "ffn_gate_exps.weight", Ff, &[ExpertFfn, Hidden], Fold::None, Routed),
     row("model.layers.{l}.mlp.experts.{e}.up_proj.weight", "ffn_up_exps.weight", Ff, &[ExpertFfn, Hidden], Fold::None, Routed),
     row("model.layers.{l}.mlp.experts.{e}.down_proj.weight", "ffn_down_exps.weight", Ff, &[Hidden, ExpertFfn], Fold::None, Routed),
+];
+/// The same as MLX's converters stack them.
+#[rustfmt::skip]
+pub(super) const QWEN_SWITCH: &[Row] = &[
+    row("model.layers.{l}.mlp.switch_mlp.gate_proj.weight", "ffn_gate_exps.weight", Ff, &[Experts, ExpertFfn, Hidden], Fold::None, Routed),
+    row("model.layers.{l}.mlp.switch_mlp.up_proj.weight", "ffn_up_exps.weight", Ff, &[Experts, ExpertFfn, Hidden], Fold::None, Routed),
+    row("model.layers.{l}.mlp.switch_mlp.down_proj.weight", "ffn_down_exps.weight", Ff, &[Experts, Hidden, ExpertFfn], Fold::None, Routed),
 ];
 /// Experts that are stacked in the checkpoint already, gates above ups.
 #[rustfmt::skip]
