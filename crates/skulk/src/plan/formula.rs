@@ -3,12 +3,13 @@
 //! ```text
 //! step = (head + embedding rows) / B_a
 //!      + sum over layers ( (attention + streams * kv) / B_a  +  max over servers ( round trip + wire / link + ffn / B_f ) )
+//! ffn  = every + (all - every) * visited
 //! ```
 //!
 //! Invariant: pure; nothing is read, nothing is rounded. It leaves out compute: a step of few rows is bound by what it
 //! reads, and a bandwidth that was measured with the kernels themselves has their compute in it.
 
-use super::shape::Shape;
+use super::shape::{LayerShape, Shape};
 
 /// What is asked of a cluster at once.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -48,6 +49,8 @@ pub struct Share {
     pub wire: Option<Wire>,
     /// Which part of the layer's experts it holds, 0 to 1.
     pub part: f64,
+    /// Whether expert 0 is one of them, and with it what every token visits.
+    pub has_first: bool,
 }
 
 /// Seconds of a step, by what they go into.
@@ -84,9 +87,11 @@ pub fn distinct_experts(n: u64, n_used: u64, n_rows: u64) -> f64 {
     n * (1.0 - (1.0 - n_used as f64 / n).powf(n_rows as f64))
 }
 
-/// Bytes that one row puts on the wire for one layer: the row there, and one row back for each expert that it visits.
+/// Bytes that one token puts on the wire for all layers: of each its rows there, and one row back for each expert that it
+/// visits.
 pub fn wire_bytes(shape: &Shape, value_bytes: u64) -> u64 {
-    shape.hidden * value_bytes * (1 + shape.experts.1)
+    let rows = |layer: &LayerShape| layer.n_rows + layer.n_every + layer.n_chosen;
+    shape.hidden * value_bytes * shape.layers.iter().map(rows).sum::<u64>()
 }
 
 /// The seconds of one step of `load` on `attention`, with layer `l` answered by `shares(l)`, of which all work at once.
@@ -99,7 +104,7 @@ pub fn step(
     let streams = load.n_streams as f64;
     let (n, n_used) = shape.experts;
     let visited = distinct_experts(n, n_used, load.n_streams) / n as f64;
-    let row_bytes = wire_bytes(shape, load.wire_value_bytes) as f64;
+    let row_bytes = (shape.hidden * load.wire_value_bytes) as f64;
     let once = shape.head_bytes as f64 + streams * shape.embedding_row_bytes as f64;
     let mut step = Step {
         attention: once / attention.bandwidth,
@@ -109,13 +114,20 @@ pub fn step(
         let kv = layer.kv_values * layer.seen(load.context) * load.kv_value_bytes;
         step.attention += layer.attention_bytes as f64 / attention.bandwidth;
         step.kv += streams * kv as f64 / attention.bandwidth;
-        let times = shares(l).into_iter().map(|share| {
-            let ffn = layer.ffn_bytes as f64 * visited * share.part / share.speed.bandwidth;
-            // The visits are divided among those who hold experts, the rows go to each.
+        // Whoever holds nothing that a token visits here is not asked.
+        let asked = |share: &Share| share.has_first || layer.n_chosen > 0;
+        let times = shares(l).into_iter().filter(asked).map(|share| {
+            let first = if share.has_first { 1.0 } else { 0.0 };
+            let (every, all) = (layer.every_bytes as f64, layer.ffn_bytes as f64);
+            let read = every * first + (all - every) * visited * share.part;
+            let ffn = read / share.speed.bandwidth;
+            // The visits are divided among those who hold experts, the rows go to each; what enters a dense branch beside
+            // experts goes to the first alone.
             let wire = share.wire.map_or((0.0, 0.0), |wire| {
-                let back = row_bytes * n_used as f64 / (1 + n_used) as f64 * share.part;
-                let there = row_bytes / (1 + n_used) as f64;
-                (wire.round_trip, streams * (there + back) / wire.bandwidth)
+                let there = 1.0 + first * (layer.n_rows - 1) as f64;
+                let back = layer.n_chosen as f64 * share.part + layer.n_every as f64 * first;
+                let wire_bytes = row_bytes * (there + back);
+                (wire.round_trip, streams * wire_bytes / wire.bandwidth)
             });
             (ffn, wire.0, wire.1)
         });
@@ -139,6 +151,7 @@ pub fn predict(shape: &Shape, load: Load, bandwidth: f64, round_trip: Option<f64
             bandwidth,
         }),
         part: 1.0,
+        has_first: true,
     };
     let step = step(shape, load, Speed { bandwidth }, |_| vec![share]);
     load.n_streams as f64 / step.total()
@@ -146,13 +159,17 @@ pub fn predict(shape: &Shape, load: Load, bandwidth: f64, round_trip: Option<f64
 
 #[cfg(test)]
 mod tests {
-    use super::super::shape::LayerShape;
     use super::*;
 
     fn shape(experts: (u64, u64)) -> Shape {
+        let is_dense = experts.0 == 1;
         let layer = LayerShape {
             attention_bytes: 1_000_000,
             ffn_bytes: 4_000_000,
+            every_bytes: if is_dense { 4_000_000 } else { 0 },
+            n_rows: 1,
+            n_every: u64::from(is_dense),
+            n_chosen: if is_dense { 0 } else { experts.1 },
             kv_values: 1000,
             window: None,
         };
@@ -215,7 +232,38 @@ mod tests {
             speed: Speed { bandwidth: 1e9 },
             wire: None,
             part: 1.0,
+            has_first: true,
         }]
+    }
+
+    #[test]
+    fn what_every_token_visits_is_read_once_by_whoever_has_the_first_expert() {
+        let mut shape = shape((8, 2));
+        for layer in &mut shape.layers {
+            (layer.every_bytes, layer.n_every) = (1_000_000, 1);
+        }
+        let all = step(&shape, LOAD, Speed { bandwidth: 1e9 }, whole);
+        // Two layers of 1 MB for every token and a quarter of 3 MB.
+        near(all.ffn, 2.0 * 1.75e-3);
+        let half = |has_first| Share {
+            part: 0.5,
+            has_first,
+            ..whole(0)[0]
+        };
+        let of = |has_first| {
+            let share = half(has_first);
+            step(&shape, LOAD, Speed { bandwidth: 1e9 }, |_| vec![share])
+        };
+        near(of(true).ffn, 2.0 * 1.375e-3);
+        near(of(false).ffn, 2.0 * 0.375e-3);
+        // A row there, two of chosen experts and one of what is beside them back.
+        assert_eq!(wire_bytes(&shape, 4), 2 * 1000 * 4 * 4);
+        shape.layers[0].n_chosen = 0;
+        shape.layers[0].every_bytes = shape.layers[0].ffn_bytes;
+        let dense = step(&shape, LOAD, Speed { bandwidth: 1e9 }, |_| {
+            vec![half(false), half(true)]
+        });
+        near(dense.ffn, 4e-3 + 1.375e-3);
     }
 
     #[test]
@@ -227,6 +275,7 @@ mod tests {
                 bandwidth: 1e9,
             }),
             part: 0.5,
+            has_first: true,
         };
         let slow = Share {
             speed: Speed { bandwidth: 5e8 },

@@ -113,20 +113,23 @@ pub fn place(shape: &Shape, load: Load, nodes: &Nodes) -> Result<Plan, String> {
                 speed: speed(&places[0]),
                 wire: None,
                 part: 1.0,
+                has_first: true,
             }];
         }
         let share = |(place, node): (&Place, &&Node)| {
-            let part = match &place.holds {
-                Holds::Layers(layers) if layers.contains(&layer) => 1.0,
-                Holds::Experts(experts) if !experts.is_empty() => {
-                    (experts.end - experts.start) as f64 / shape.experts.0 as f64
-                }
+            let (part, has_first) = match &place.holds {
+                Holds::Layers(layers) if layers.contains(&layer) => (1.0, true),
+                Holds::Experts(experts) if !experts.is_empty() => (
+                    (experts.end - experts.start) as f64 / shape.experts.0 as f64,
+                    experts.start == 0,
+                ),
                 _ => return None,
             };
             Some(Share {
                 speed: speed(place),
                 wire: node.link.map(wire),
                 part,
+                has_first,
             })
         };
         let shares: Vec<Share> = places[1..].iter().zip(&servers).filter_map(share).collect();
@@ -140,6 +143,7 @@ pub fn place(shape: &Shape, load: Load, nodes: &Nodes) -> Result<Plan, String> {
                 speed: speed(place),
                 wire: node.link.map(wire),
                 part: 1.0,
+                has_first: true,
             })
             .collect()
     };
@@ -271,15 +275,27 @@ fn by_layers(shape: &Shape, servers: &[&Node]) -> (Vec<Place>, u64) {
     (servers.iter().zip(taken).map(place).collect(), missing)
 }
 
-/// Experts in order, as many for each machine as its speed is part of all speed and its memory takes.
+/// Experts in order, as many for each machine as its speed is part of all speed and its memory takes. The first has what
+/// every token visits, too.
 fn by_experts(shape: &Shape, servers: &[&Node]) -> (Vec<Place>, u64) {
     let n = shape.experts.0;
-    let expert_bytes = (shape.ffn_bytes() / n).max(1);
+    let every_bytes = shape.every_bytes();
+    let expert_bytes = ((shape.ffn_bytes() - every_bytes) / n).max(1);
     let gpu_only = gpu_only(shape, servers);
-    let room: Vec<u64> = servers
+    let mut room: Vec<u64> = servers
         .iter()
         .map(|node| capacity(node, gpu_only) / expert_bytes)
         .collect();
+    // Whoever holds expert 0: the first that has room for it.
+    let of_first = every_bytes.div_ceil(expert_bytes);
+    let first = room.iter().position(|&room| room > of_first);
+    for (i, room) in room.iter_mut().enumerate() {
+        match first {
+            Some(first) if i > first => {}
+            Some(first) if i == first => *room -= of_first,
+            _ => *room = 0,
+        }
+    }
     let speed: f64 = servers.iter().map(|node| fastest(node)).sum();
     let fair = |i: usize| (n as f64 * fastest(servers[i]) / speed) as u64;
     let mut counts: Vec<u64> = (0..servers.len()).map(|i| fair(i).min(room[i])).collect();
@@ -298,15 +314,20 @@ fn by_experts(shape: &Shape, servers: &[&Node]) -> (Vec<Place>, u64) {
     let place = |(node, count): (&&Node, u64)| {
         let experts = begin..begin + count;
         begin += count;
+        let own = match experts.start {
+            0 if count > 0 => every_bytes,
+            _ => 0,
+        };
         let holds = if count == 0 {
             Holds::Nothing
         } else {
             Holds::Experts(experts)
         };
-        stored(node, holds, count * expert_bytes, 0)
+        stored(node, holds, count * expert_bytes + own, 0)
     };
+    let missing_bytes = left * expert_bytes + first.map_or(every_bytes, |_| 0);
     let places = servers.iter().zip(counts).map(place).collect();
-    (places, left * expert_bytes)
+    (places, missing_bytes)
 }
 
 #[cfg(test)]
@@ -315,9 +336,14 @@ mod tests {
     use super::*;
 
     fn shape(experts: (u64, u64)) -> Shape {
+        let is_dense = experts.0 == 1;
         let layer = LayerShape {
             attention_bytes: 1_000_000,
             ffn_bytes: 8_000_000,
+            every_bytes: if is_dense { 8_000_000 } else { 0 },
+            n_rows: 1,
+            n_every: u64::from(is_dense),
+            n_chosen: if is_dense { 0 } else { experts.1 },
             kv_values: 1000,
             window: None,
         };

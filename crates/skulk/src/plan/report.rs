@@ -102,7 +102,7 @@ pub(super) fn json(shape: &Shape, load: Load, plan: &Plan) -> Value {
     json!({
         "model": shape.name, "n_streams": load.n_streams, "context": load.context,
         "attention_bytes": shape.attention_bytes(), "ffn_bytes": shape.ffn_bytes(),
-        "wire_bytes_per_token": wire_bytes(shape, load.wire_value_bytes) * shape.layers.len() as u64,
+        "wire_bytes_per_token": wire_bytes(shape, load.wire_value_bytes),
         "tokens_per_second": plan.tokens_per_second, "step_s": step.total(),
         "step": {"attention_s": step.attention, "kv_s": step.kv, "ffn_s": step.ffn,
             "round_trips_s": step.round_trips, "wire_s": step.wire},

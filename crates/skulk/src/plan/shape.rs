@@ -11,13 +11,13 @@ pub struct Shape {
     pub name: String,
     /// Width of the residual stream.
     pub hidden: u64,
-    /// Bytes of the output head, read once a step.
+    /// Bytes of the output head, and of what projects the embeddings of layers, read once a step.
     pub head_bytes: u64,
     /// Bytes of embeddings, head and final norm together, as they are held.
     pub embeddings_bytes: u64,
-    /// Bytes of one row of the embedding matrix.
+    /// Bytes that a token looks up: its rows of the embedding matrix and of the embeddings of layers.
     pub embedding_row_bytes: u64,
-    /// Experts of a routed layer and how many of them a token visits; `(1, 1)` in a dense model.
+    /// Experts of a routed layer that a router chooses from, and how many it chooses; `(1, 1)` in a dense model.
     pub experts: (u64, u64),
     /// Longest sequence, in tokens.
     pub context: u64,
@@ -32,6 +32,14 @@ pub struct LayerShape {
     pub attention_bytes: u64,
     /// Bytes of all feed-forward weights, all experts together.
     pub ffn_bytes: u64,
+    /// Those of them that every token reads, whatever is chosen for it: of a dense layer all. They lie with expert 0.
+    pub every_bytes: u64,
+    /// Rows of a token that enter.
+    pub n_rows: u64,
+    /// Results of a token that come from `every_bytes`.
+    pub n_every: u64,
+    /// Results of a token that come from chosen experts.
+    pub n_chosen: u64,
     /// Values of keys and values that one token adds to the cache.
     pub kv_values: u64,
     /// Tokens that are seen at most, where the layer has a window.
@@ -45,6 +53,7 @@ impl Shape {
         let n_layers = config.n_layers as usize;
         let mut layers: Vec<LayerShape> = (0..n_layers).map(|l| layer(config, l)).collect();
         let (mut embeddings_bytes, mut head_bytes, mut embedding_bytes) = (0, 0, 0);
+        let (mut own_embedding_bytes, mut projection_bytes) = (0, 0);
         for tensor in &index.tensors {
             let Some(part) = index.parts.get(tensor.part as usize) else {
                 continue;
@@ -54,11 +63,12 @@ impl Shape {
                 Component::Metadata | Component::NextN { .. } => {}
                 Component::Embeddings => {
                     embeddings_bytes += tensor.size_bytes;
-                    if tensor.name == "token_embd.weight" {
-                        embedding_bytes = tensor.size_bytes;
-                    }
-                    if tensor.name == "output.weight" {
-                        head_bytes = tensor.size_bytes;
+                    match tensor.name.as_str() {
+                        "token_embd.weight" => embedding_bytes = tensor.size_bytes,
+                        "per_layer_token_embd.weight" => own_embedding_bytes = tensor.size_bytes,
+                        "per_layer_model_proj.weight" => projection_bytes = tensor.size_bytes,
+                        "output.weight" => head_bytes = tensor.size_bytes,
+                        _ => {}
                     }
                 }
                 Component::Attention { layer } => {
@@ -69,6 +79,9 @@ impl Shape {
                 Component::FeedForward { layer } => {
                     if let Some(layer) = layers.get_mut(layer as usize) {
                         layer.ffn_bytes += tensor.size_bytes;
+                        if tensor.experts.is_none() {
+                            layer.every_bytes += tensor.size_bytes;
+                        }
                     }
                 }
             }
@@ -80,9 +93,10 @@ impl Shape {
         Shape {
             name: format!("{} ({})", index.name, index.recipe),
             hidden: u64::from(config.hidden),
-            head_bytes,
+            head_bytes: head_bytes + projection_bytes,
             embeddings_bytes,
-            embedding_row_bytes: embedding_bytes / u64::from(config.vocab.max(1)),
+            embedding_row_bytes: (embedding_bytes + own_embedding_bytes)
+                / u64::from(config.vocab.max(1)),
             experts: experts.map_or((1, 1), |e| (u64::from(e.n.max(1)), u64::from(e.n_used))),
             context: u64::from(config.context),
             layers,
@@ -98,6 +112,11 @@ impl Shape {
     /// Bytes of all feed-forward weights.
     pub fn ffn_bytes(&self) -> u64 {
         self.layers.iter().map(|layer| layer.ffn_bytes).sum()
+    }
+
+    /// Bytes of feed-forward weights that lie with expert 0 beside it.
+    pub fn every_bytes(&self) -> u64 {
+        self.layers.iter().map(|layer| layer.every_bytes).sum()
     }
 
     /// Bytes of keys and values of one sequence of `n_tokens`, with `value_bytes` for each value.
@@ -122,9 +141,16 @@ fn layer(config: &Config, layer: usize) -> LayerShape {
         .filter(|window| window.layers.get(layer) == Some(&true))
         .map(|window| u64::from(window.n_tokens));
     let heads = u64::from(attention.n_kv_heads);
+    let experts = config.experts.filter(|_| config.is_routed(layer as u32));
+    let has_branch = experts.is_some_and(|e| e.dense_branch);
+    let has_shared = experts.is_some_and(|e| e.shared.is_some());
     LayerShape {
         attention_bytes: 0,
         ffn_bytes: 0,
+        every_bytes: 0,
+        n_rows: 1 + u64::from(has_branch),
+        n_every: u64::from(experts.is_none() || has_branch || has_shared),
+        n_chosen: experts.map_or(0, |e| u64::from(e.n_used)),
         kv_values: heads * u64::from(attention.key_length + attention.value_length),
         window,
     }
