@@ -8,9 +8,10 @@ use crate::build::{self, Done, run};
 
 /// The source package that is built.
 const PACKAGE: &str = "llama-cpp-python==0.3.36";
-const TOOLS: [&str; 4] = [
+const TOOLS: [&str; 5] = [
     "llama-bench",
     "llama-completion",
+    "llama-imatrix",
     "llama-perplexity",
     "llama-quantize",
 ];
@@ -93,6 +94,19 @@ fn parts(vindex: &Path) -> Done<Vec<PathBuf>> {
         .collect();
     parts.sort();
     Ok(parts)
+}
+
+/// Bytes of all parts of a vindex.
+pub(crate) fn size_bytes(vindex: &Path) -> Done<u64> {
+    let of = |part: &PathBuf| {
+        let metadata = std::fs::metadata(part);
+        metadata.map_err(|error| format!("cannot read {}: {error}", part.display()))
+    };
+    let sizes = parts(vindex)?
+        .iter()
+        .map(|part| Ok(of(part)?.len()))
+        .collect::<Done<Vec<u64>>>()?;
+    Ok(sizes.iter().sum())
 }
 
 /// The part by which llama.cpp opens a vindex.

@@ -3,6 +3,7 @@
 
 mod bench;
 mod build;
+mod calibration;
 mod checkpoint;
 mod drafting;
 mod failure;

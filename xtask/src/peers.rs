@@ -1,5 +1,5 @@
 //! llama.cpp as a second reader: opens vindexes of the kjv model in it, holds what it writes against
-//! `models/kjv/prompts.json`, and our perplexities against its own. Not part of CI.
+//! `models/kjv/prompts.json`, our perplexities against its own, and our calibration against its own. Not part of CI.
 //! Invariant: both read the same directory.
 
 use std::collections::HashMap;
@@ -10,7 +10,7 @@ use std::process::Command;
 use serde_json::Value;
 
 use crate::build::{self, Done, output, run};
-use crate::llama_cpp;
+use crate::{calibration, llama_cpp};
 
 /// Windows of the perplexities, in tokens.
 const WINDOW: usize = 256;
@@ -18,7 +18,7 @@ const WINDOW: usize = 256;
 const PERPLEXITY_RATIO_MAX: f64 = 0.005;
 
 /// Extracts kjv and its sister with f32 and q4k; lets llama.cpp continue every prompt of kjv and compares; compares
-/// the perplexity of two texts in llama.cpp and in our own forward pass.
+/// the perplexity of two texts in llama.cpp and in our own forward pass; quantises kjv by statistics of a text, here and there.
 pub(crate) fn run_peers() -> Done {
     let tools = llama_cpp::programs()?;
     let larql = build::programs()?.larql;
@@ -52,7 +52,7 @@ pub(crate) fn run_peers() -> Done {
         }
         for text in &texts {
             let theirs = llama_cpp::perplexity(&tools, &first_part, text, WINDOW)?;
-            let ours = our_perplexity(&larql, &target, text)?;
+            let ours = our_perplexity(&larql, &target, text, WINDOW)?;
             let name = text
                 .file_name()
                 .map(OsStr::to_string_lossy)
@@ -69,6 +69,7 @@ pub(crate) fn run_peers() -> Done {
             }
         }
     }
+    wrong.extend(calibration::compare(&tools, &larql, &model, &folder)?);
     if wrong.is_empty() {
         Ok(())
     } else {
@@ -77,14 +78,14 @@ pub(crate) fn run_peers() -> Done {
 }
 
 /// Perplexity of a text in our own forward pass, with the windows of llama.cpp's program.
-fn our_perplexity(larql: &Path, vindex: &Path, text: &Path) -> Done<f64> {
+pub(crate) fn our_perplexity(larql: &Path, vindex: &Path, text: &Path, window: usize) -> Done<f64> {
     let told = output(
         Command::new(larql)
             .args(["perplexity", "--json"])
             .arg(vindex)
             .arg("--text")
             .arg(text)
-            .args(["--window", &WINDOW.to_string()]),
+            .args(["--window", &window.to_string()]),
     )?;
     let told: Value = serde_json::from_slice(&told)
         .map_err(|error| format!("larql perplexity told no JSON: {error}"))?;

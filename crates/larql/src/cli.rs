@@ -47,6 +47,8 @@ pub(crate) enum Command {
     Run(Run),
     /// Write the logits after each of some tokens to a NumPy file
     Logits(Logits),
+    /// Collect what enters a model's matrices over a text, to weigh errors by: larql extract --imatrix
+    Imatrix(Imatrix),
     /// Measure how well a model foresees a text, by the protocol of llama.cpp's llama-perplexity
     Perplexity(Perplexity),
     /// Measure how fast a model decodes and takes in a prompt here
@@ -86,6 +88,27 @@ pub(crate) struct Extract {
     /// Print what would be written and stop
     #[arg(long)]
     pub(crate) plan: bool,
+    /// Weigh the errors of q4k's blocks by the statistics in a file, from `larql imatrix` or llama.cpp's llama-imatrix
+    #[arg(long, value_name = "FILE")]
+    pub(crate) imatrix: Option<PathBuf>,
+    /// Weigh the errors of q4k's blocks by statistics of this text, collected first with a copy of the model that is not
+    /// quantised: it is made beside the output and removed
+    #[arg(long, value_name = "TEXT", conflicts_with_all = ["imatrix", "plan"])]
+    pub(crate) calibrate: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Imatrix {
+    /// The vindex, best one that is not quantised
+    pub(crate) dir: PathBuf,
+    /// The text, UTF-8
+    pub(crate) text: PathBuf,
+    /// The file to write, as llama.cpp's llama-imatrix writes it
+    #[arg(short, long, value_name = "FILE.gguf")]
+    pub(crate) output: PathBuf,
+    /// Threads that compute [default: one for each processor]
+    #[arg(long, value_name = "N")]
+    pub(crate) threads: Option<NonZeroUsize>,
 }
 
 #[derive(Debug, Args)]

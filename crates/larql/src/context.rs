@@ -6,6 +6,7 @@
 
 use std::future::Future;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use hub::{Hub, Settings};
 use terminal::{Failure, INTERRUPTED, Output, Stop, tell};
@@ -20,6 +21,8 @@ const PARENT_VARIABLE: &str = "LARQL_PARENT";
 pub(crate) struct Context {
     pub(crate) output: Output,
     runtime: Runtime,
+    /// What is removed when the process is told to end.
+    scratch: Arc<Mutex<Option<PathBuf>>>,
 }
 
 impl Context {
@@ -31,6 +34,7 @@ impl Context {
         Ok(Context {
             output,
             runtime: runtime.map_err(Failure::of("cannot start threads"))?,
+            scratch: Arc::default(),
         })
     }
 
@@ -79,12 +83,49 @@ impl Context {
     /// From now on, an interrupt ends the process after it has said `state`. Everything on disk is left as a kill
     /// would leave it, which every command can go on from.
     pub(crate) fn on_interrupt(&self, state: &'static str) {
+        let scratch = Arc::clone(&self.scratch);
         self.runtime.spawn(async move {
             if tokio::signal::ctrl_c().await.is_ok() {
+                remove_scratch(&scratch);
                 tell(format_args!("interrupted: {state}"));
                 std::process::exit(INTERRUPTED.into());
             }
         });
+    }
+
+    /// From now on, a vindex in `dir` is removed when the process is interrupted (after [`Context::on_interrupt`]) or asked
+    /// to terminate, which ends it.
+    pub(crate) fn scratch(&self, dir: PathBuf) -> Result<(), Failure> {
+        *self.scratch.lock().unwrap_or_else(PoisonError::into_inner) = Some(dir);
+        #[cfg(unix)]
+        {
+            use tokio::signal::unix::{SignalKind, signal};
+            let _in_runtime = self.runtime.enter();
+            let terminated = signal(SignalKind::terminate());
+            let mut terminated = terminated.map_err(Failure::of("cannot listen for signals"))?;
+            let scratch = Arc::clone(&self.scratch);
+            self.runtime.spawn(async move {
+                if terminated.recv().await.is_some() {
+                    remove_scratch(&scratch);
+                    std::process::exit(TERMINATED);
+                }
+            });
+        }
+        Ok(())
+    }
+}
+
+/// Exit status of a process that was asked to terminate, as shells tell it.
+#[cfg(unix)]
+const TERMINATED: i32 = 128 + 15;
+
+fn remove_scratch(scratch: &Mutex<Option<PathBuf>>) {
+    if let Some(dir) = scratch
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .take()
+    {
+        crate::calibrate::remove(&dir);
     }
 }
 

@@ -11,6 +11,7 @@ use serde::Serialize;
 use terminal::{Failure, Meter, size};
 use vindex::{Census, ExtractOptions, Plan, Progress, Vindex};
 
+use crate::calibrate;
 use crate::cli::Extract;
 use crate::context::Context;
 use crate::model::Model;
@@ -24,6 +25,9 @@ struct Summary {
     n_tensors: usize,
     size_bytes: u64,
     types: Census,
+    /// Digest of the statistics that weigh errors.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    calibration: Option<String>,
     left_out: BTreeMap<String, LeftOut>,
     warnings: Vec<String>,
 }
@@ -43,6 +47,13 @@ pub(crate) fn extract(args: &Extract, context: &Context) -> Result<(), Failure> 
     let model = Model::open(&args.model, args.revision.as_deref(), context)?;
     output.text(format_args!("source: {model}"))?;
     let plan = plan(args, &model)?;
+    let plan = match calibrate::asked(args, &model, &plan, context)? {
+        None => plan,
+        Some(imatrix) => plan.calibrated(imatrix).map_err(Failure::of(format!(
+            "cannot weigh the blocks of {}",
+            args.model
+        )))?,
+    };
     let summary = Summary::of(&plan);
     output.text(summary.to_string().trim_end())?;
     if args.plan {
@@ -200,6 +211,10 @@ impl Summary {
             n_tensors: types.values().map(|kind| kind.n_tensors).sum(),
             size_bytes: types.values().map(|kind| kind.size_bytes).sum(),
             types,
+            calibration: plan
+                .imatrix
+                .as_ref()
+                .map(|imatrix| imatrix.sha256().to_owned()),
             left_out,
             warnings: plan.warnings.clone(),
         }
@@ -224,6 +239,9 @@ impl fmt::Display for Summary {
                 kind.n_tensors,
                 size(kind.size_bytes).to_string()
             )?;
+        }
+        if let Some(statistics) = &self.calibration {
+            writeln!(f, "  weighed by the statistics {statistics}")?;
         }
         for (reason, group) in &self.left_out {
             let others = match group.n_tensors - 1 {

@@ -7,6 +7,7 @@
 //! Invariant: a command that was interrupted or killed can be run again.
 
 mod bench;
+mod calibrate;
 mod cli;
 mod context;
 mod extract;
@@ -49,6 +50,7 @@ fn run(command: &Command, context: &Context) -> Result<(), Failure> {
         Command::Dump { dir } => verify::dump(dir, context),
         Command::Run(args) => run::run(args, context),
         Command::Logits(args) => logits::logits(args, context),
+        Command::Imatrix(args) => calibrate::imatrix(args, context),
         Command::Perplexity(args) => perplexity::perplexity(args, context),
         Command::Bench(args) => bench::bench(args, context),
         Command::Completions { shell } => terminal::completions::<Cli>(*shell, "larql"),

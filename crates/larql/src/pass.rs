@@ -10,8 +10,8 @@ use std::sync::Arc;
 use clap::Args;
 use engine::wire::{Address, Identity, Remote, RemoteOptions, RowType};
 use engine::{
-    EngineParts, FeedForward, Forward, KvCache, KvType, Local, Model, Pool, Sequence, StepError,
-    Wanted, Work,
+    Collector, EngineParts, FeedForward, Forward, KvCache, KvType, Local, Model, Pool, Sequence,
+    StepError, Wanted, Work,
 };
 use terminal::{Failure, Patience};
 use vindex::{Index, Share, Vindex};
@@ -95,6 +95,35 @@ impl Pass {
             n_threads,
             remote,
             kv: options.kv,
+        })
+    }
+
+    /// Opens the vindex in `dir` for a pass that tells `collector` what enters every matrix.
+    pub(crate) fn collecting(
+        dir: &Path,
+        threads: Option<NonZeroUsize>,
+        collector: &Arc<Collector>,
+    ) -> Result<Pass, Failure> {
+        let cannot = || format!("cannot compute with {}", dir.display());
+        let vindex = Arc::new(Vindex::open(dir).map_err(Failure::of(cannot()))?);
+        let n_threads = n_threads(threads);
+        let pool = Arc::new(Pool::new(n_threads));
+        let model = Model::open(Arc::clone(&vindex)).map_err(Failure::of(cannot()))?;
+        let model = Arc::new(model);
+        let local = Local::new(vindex, Arc::clone(&pool)).map_err(Failure::of(cannot()))?;
+        let ffn: Arc<dyn FeedForward> = Arc::new(local.collecting(Arc::clone(collector)));
+        let forward = Forward::new(Arc::clone(&model), Arc::clone(&pool), Arc::clone(&ffn));
+        Ok(Pass {
+            forward: forward.collecting(Arc::clone(collector)),
+            parts: EngineParts {
+                model,
+                ffn,
+                pool,
+                tokenizer: None,
+            },
+            n_threads,
+            remote: None,
+            kv: KvType::F32,
         })
     }
 

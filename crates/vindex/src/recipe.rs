@@ -86,6 +86,11 @@ impl Recipe {
             .unwrap_or(BlockType::F16)
     }
 
+    /// Whether it has blocks whose errors statistics can weigh.
+    pub const fn is_weighed(self) -> bool {
+        matches!(self, Recipe::Q4k)
+    }
+
     /// As [`Recipe::block_type`], for a model of `n_layers` whose errors are weighed by statistics, and whose output head is
     /// the embeddings when it `is_tied`.
     ///

@@ -21,7 +21,7 @@ impl Plan {
     /// # Errors
     /// [`Error::Calibration`] when the recipe has nothing to weigh or the statistics are not of this model.
     pub fn calibrated(mut self, imatrix: Arc<Imatrix>) -> Result<Plan, Error> {
-        if self.recipe != Recipe::Q4k {
+        if !self.recipe.is_weighed() {
             let recipe = self.recipe;
             return Err(refused(format!(
                 "the recipe {recipe} has no blocks to weigh, only {} has",
