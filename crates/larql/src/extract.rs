@@ -9,7 +9,9 @@ use std::time::Instant;
 
 use serde::Serialize;
 use terminal::{Failure, Meter, size};
-use vindex::{Census, ExtractOptions, Plan, Progress, Vindex};
+use vindex::{
+    Census, Component, ExtractOptions, Plan, PlannedTensor, Progress, Sizes, Values, Vindex,
+};
 
 use crate::calibrate;
 use crate::cli::Extract;
@@ -28,6 +30,7 @@ struct Summary {
     /// Digest of the statistics that weigh errors.
     #[serde(skip_serializing_if = "Option::is_none")]
     calibration: Option<String>,
+    sizes: Sizes,
     left_out: BTreeMap<String, LeftOut>,
     warnings: Vec<String>,
 }
@@ -54,9 +57,13 @@ pub(crate) fn extract(args: &Extract, context: &Context) -> Result<(), Failure> 
             args.model
         )))?,
     };
-    let summary = Summary::of(&plan);
+    let summary = Summary::of(&plan).map_err(Failure::of(format!(
+        "cannot plan the extraction of {}",
+        args.model
+    )))?;
     output.text(summary.to_string().trim_end())?;
     if args.plan {
+        output.text(described(&plan, &summary.sizes).trim_end())?;
         return output.value(
             &serde_json::json!({"source": model.to_string(), "summary": summary, "plan": plan}),
         );
@@ -194,7 +201,7 @@ pub(crate) fn show(meter: &Meter, progress: Progress) {
 }
 
 impl Summary {
-    fn of(plan: &Plan) -> Summary {
+    fn of(plan: &Plan) -> Result<Summary, vindex::Error> {
         let types = plan.census();
         let mut left_out: BTreeMap<String, LeftOut> = BTreeMap::new();
         for tensor in &plan.left_out {
@@ -204,7 +211,8 @@ impl Summary {
             }
             group.n_tensors += 1;
         }
-        Summary {
+        Ok(Summary {
+            sizes: plan.sizes()?,
             stem: plan.stem.clone(),
             recipe: plan.recipe,
             n_parts: plan.parts.len(),
@@ -217,7 +225,54 @@ impl Summary {
                 .map(|imatrix| imatrix.sha256().to_owned()),
             left_out,
             warnings: plan.warnings.clone(),
+        })
+    }
+}
+
+/// Every part with its size, and of every tensor what it is made of and how.
+fn described(plan: &Plan, sizes: &Sizes) -> String {
+    let mut text = String::new();
+    for (i, (part, part_size)) in plan.parts.iter().zip(&sizes.parts).enumerate() {
+        let what = match part.component {
+            Component::Metadata => "metadata".to_owned(),
+            Component::Embeddings => "embeddings".to_owned(),
+            Component::Attention { layer } => format!("attention {layer}"),
+            Component::FeedForward { layer } => format!("feed-forward {layer}"),
+            Component::NextN { layer } => format!("nextn {layer}"),
+        };
+        text += &format!("part {}: {what}, {}\n", i + 1, size(part_size.size_bytes));
+        for tensor in &part.tensors {
+            let ne: Vec<String> = tensor.ne.iter().map(u64::to_string).collect();
+            let (ne, from) = (ne.join(" x "), origin(tensor));
+            let (name, kind) = (&tensor.name, tensor.block_type);
+            text += &format!("  {name:<36} {kind:<5} {ne:<18} {from}\n");
         }
+    }
+    text
+}
+
+/// Where the values of a tensor come from, in words.
+fn origin(tensor: &PlannedTensor) -> String {
+    match &tensor.values {
+        Values::Checkpoint { tensors, transform } => {
+            let others = match tensors.len() {
+                0 | 1 => String::new(),
+                n => format!(" and {} more", n - 1),
+            };
+            let first = tensors.first().map_or("", String::as_str);
+            let how = match transform.is_none() {
+                true => String::new(),
+                false => format!(" ({transform})"),
+            };
+            format!("from {first}{others}{how}")
+        }
+        Values::Packed {
+            blocks,
+            scales,
+            order,
+        } => format!("blocks kept, from {blocks} and {scales} ({order})"),
+        Values::Kept { tensor } => format!("blocks kept, from {tensor}"),
+        Values::Computed { .. } => "computed from the configuration".to_owned(),
     }
 }
 
@@ -242,6 +297,18 @@ impl fmt::Display for Summary {
         }
         if let Some(statistics) = &self.calibration {
             writeln!(f, "  weighed by the statistics {statistics}")?;
+        }
+        for slice in &self.sizes.slices {
+            writeln!(
+                f,
+                "  {:<14} {:>5} parts {:>12}",
+                slice.slice,
+                slice.n_parts,
+                size(slice.size_bytes).to_string()
+            )?;
+        }
+        for range in self.sizes.ranges(|bytes| size(bytes).to_string()) {
+            writeln!(f, "  expert-server, {range}")?;
         }
         for (reason, group) in &self.left_out {
             let others = match group.n_tensors - 1 {

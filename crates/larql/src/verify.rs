@@ -45,7 +45,7 @@ pub(crate) fn dump(dir: &Path, context: &Context) -> Result<(), Failure> {
     if context.output.json {
         return context.output.value(&serde_json::json!({
             "vindex": vindex.id().to_string(), "slice": vindex.slice(), "layers": vindex.share().layers, "experts": vindex.share().experts,
-            "provenance": vindex.provenance(), "index": vindex.index(),
+            "provenance": vindex.provenance(), "sizes": vindex.index().sizes(), "index": vindex.index(),
         }));
     }
     let mut text = Vec::new();

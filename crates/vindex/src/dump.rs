@@ -6,7 +6,7 @@ use std::io::{self, Write};
 use crate::gguf::{self, MetaArray, MetaValue};
 use crate::open::Vindex;
 use crate::plan::Component;
-use crate::slice::{Slice, slice_files_of_index};
+use crate::sizes::SliceSize;
 
 /// Longest text of a metadata value that is shown whole.
 const MAX_SHOWN_CHARS: usize = 100;
@@ -55,14 +55,19 @@ pub fn dump(vindex: &Vindex, w: &mut dyn Write) -> io::Result<()> {
     }
 
     writeln!(w, "\nslices")?;
-    for slice in Slice::ALL {
-        let parts = slice_files_of_index(index, slice);
-        let bytes: u64 = parts.iter().map(|part| part.size_bytes).sum();
-        writeln!(
-            w,
-            "  {slice:<14} {:>5} parts {bytes:>15} bytes",
-            parts.len()
-        )?;
+    let sizes = index.sizes();
+    for SliceSize {
+        slice,
+        n_parts,
+        size_bytes,
+    } in &sizes.slices
+    {
+        writeln!(w, "  {slice:<14} {n_parts:>5} parts {size_bytes:>15} bytes")?;
+    }
+
+    writeln!(w, "\nranges of expert-server")?;
+    for range in sizes.ranges(|bytes| format!("{bytes} bytes")) {
+        writeln!(w, "  {range}")?;
     }
 
     writeln!(w, "\nparts")?;

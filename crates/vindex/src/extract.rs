@@ -164,6 +164,15 @@ pub fn extract(
     result
 }
 
+/// Lengths of the files that `plan` makes, in their order.
+///
+/// # Errors
+/// [`Error::Plan`] about a plan that makes no sense.
+pub(crate) fn part_sizes(plan: &Plan) -> Result<Vec<u64>, Error> {
+    let layout = Layout::new(plan)?;
+    Ok(layout.parts.iter().map(|part| part.size_bytes).collect())
+}
+
 /// True when a part of this extraction has its final name, though perhaps no line in the journal: without the journal
 /// the next run would take it for somebody else's.
 fn has_parts(layout: &Layout<'_>, out: &Path, journal: &Journal) -> bool {
@@ -351,8 +360,7 @@ fn refuse_small_disk(plan: &Plan, out: &Path, parts_bytes: u64) -> Result<(), Er
     let n_hashes: u64 = plan
         .parts
         .iter()
-        .flat_map(|part| &part.tensors)
-        .filter_map(|t| n_experts(&t.name, &t.ne))
+        .flat_map(|part| part.tensors.iter().filter_map(|t| part.n_hashes(t)))
         .sum();
     let n_tensors = plan
         .parts
@@ -426,6 +434,8 @@ fn index(plan: &Plan, layout: &Layout<'_>, finished: &BTreeMap<String, FinishedP
             sha256: finished.sha256.clone(),
         });
         for (tensor, &offset_bytes) in planned.tensors.iter().zip(&placed.offsets_bytes) {
+            let stacked = n_experts(&tensor.name, &tensor.ne);
+            let hashes = || finished.experts.get(&tensor.name);
             tensors.push(Tensor {
                 name: tensor.name.clone(),
                 block_type: tensor.block_type,
@@ -433,7 +443,11 @@ fn index(plan: &Plan, layout: &Layout<'_>, finished: &BTreeMap<String, FinishedP
                 part: i as u32,
                 offset_bytes,
                 size_bytes: gguf::size_bytes(tensor.block_type, &tensor.ne).unwrap_or(0),
-                experts: finished.experts.get(&tensor.name).cloned(),
+                experts: hashes().filter(|_| stacked.is_some()).cloned(),
+                sha256: match stacked {
+                    Some(_) => None,
+                    None => hashes().and_then(|hashes| hashes.first()).cloned(),
+                },
             });
         }
     }

@@ -142,6 +142,10 @@ pub struct Tensor {
     /// sha256 of each expert's bytes, hex, when the slowest dimension counts experts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub experts: Option<Vec<String>>,
+    /// sha256 of the blocks, hex, of a tensor that lies beside experts and is none (a shared expert, a dense branch): where
+    /// some experts are held, it is held with expert 0.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sha256: Option<String>,
 }
 
 /// Name of part number `part` (from 0) of `n_parts`, as llama.cpp expects it of a split file.
@@ -293,6 +297,11 @@ impl Index {
             || hashes.is_some_and(|e| !e.iter().all(|h| is_sha256(h)))
         {
             return Err(format!("expected {} hashes of experts", n.unwrap_or(0)));
+        }
+        if let Some(sha256) = &tensor.sha256
+            && (n.is_some() || !is_sha256(sha256))
+        {
+            return Err("its sha256 is not 64 hex digits, or it has those of experts".to_owned());
         }
         Ok(())
     }

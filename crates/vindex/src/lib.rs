@@ -26,9 +26,11 @@ mod plan;
 mod provenance;
 mod recipe;
 mod share;
+mod sizes;
 mod slice;
 mod source;
 mod tokenizer;
+mod transform;
 mod verify;
 
 pub use census::{Census, TypeCount};
@@ -54,6 +56,7 @@ pub use plan::{
 pub use provenance::{PROVENANCE_FILE, Provenance};
 pub use recipe::{Recipe, UnknownRecipe};
 pub use share::{ExpertBytes, Hold, NoSpan, Share, Span, expert_bytes, part_header};
+pub use sizes::{PartSize, Sizes, SliceSize};
 pub use slice::{
     SLICE_FILE, Slice, SliceContent, SliceFile, UnknownSlice, slice_files, slice_files_of_index,
 };

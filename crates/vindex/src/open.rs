@@ -201,6 +201,9 @@ impl Vindex {
         let (tensor, map) = self.held(name)?;
         match self.holds[tensor.part as usize] {
             Hold::Whole => Some(view(tensor, map, &tensor.ne, 0, tensor.size_bytes)),
+            Hold::Experts(span) if tensor.sha256.is_some() && span.has(0) => {
+                Some(view(tensor, map, &tensor.ne, 0, tensor.size_bytes))
+            }
             Hold::Experts(_) | Hold::Nothing => None,
         }
     }
@@ -227,9 +230,7 @@ impl Vindex {
         let (tensor, map) = self.held(name)?;
         let hold = self.holds[tensor.part as usize];
         let n = match &tensor.experts {
-            None if expert == 0 && hold == Hold::Whole => {
-                return Some(view(tensor, map, &tensor.ne, 0, tensor.size_bytes));
-            }
+            None if expert == 0 => return self.tensor(name),
             None => return None,
             Some(hashes) => hashes.len() as u64,
         };

@@ -15,11 +15,13 @@ use crate::error::Error;
 use crate::families::Family;
 use crate::gguf::MetaValue;
 use crate::imatrix::Imatrix;
+use crate::index::n_experts;
 use crate::metadata;
 use crate::placement;
 use crate::recipe::Recipe;
 use crate::source::{Files, Origin, Source};
 use crate::tokenizer;
+pub use crate::transform::{Change, Order, Transform};
 
 /// Plans the extraction of a checkpoint: reads its configuration, its tokenizer and the headers of its weights,
 /// and proves that they belong together.
@@ -178,6 +180,16 @@ pub struct PlannedPart {
     pub tensors: Vec<PlannedTensor>,
 }
 
+impl PlannedPart {
+    /// How many pieces of `tensor` have a hash in the index: its experts, or the whole of what lies beside experts.
+    pub(crate) fn n_hashes(&self, tensor: &PlannedTensor) -> Option<u64> {
+        let stacked = |tensor: &PlannedTensor| n_experts(&tensor.name, &tensor.ne);
+        let is_feed_forward = matches!(self.component, Component::FeedForward { .. });
+        let beside = is_feed_forward && self.tensors.iter().any(|other| stacked(other).is_some());
+        stacked(tensor).or(beside.then_some(1))
+    }
+}
+
 /// What one part holds.
 #[derive(
     Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, serde::Deserialize,
@@ -250,111 +262,6 @@ pub enum Values {
         /// The values themselves.
         values: Vec<f32>,
     },
-}
-
-/// What happens to the values of a checkpoint tensor on the way into the vindex: they are put into another order, and
-/// then each is changed.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Transform {
-    /// Which values are taken, and in which order.
-    pub order: Order,
-    /// What each becomes.
-    pub change: Change,
-}
-
-impl Transform {
-    /// Nothing.
-    pub const NONE: Transform = Transform {
-        order: Order::AsIs,
-        change: Change::None,
-    };
-
-    /// Another order alone.
-    pub const fn order(order: Order) -> Transform {
-        Transform {
-            order,
-            change: Change::None,
-        }
-    }
-
-    /// Other values alone.
-    pub const fn change(change: Change) -> Transform {
-        Transform {
-            order: Order::AsIs,
-            change,
-        }
-    }
-}
-
-/// Which values of a checkpoint tensor are taken, and in which order. A row is what the last dimension counts; the rows
-/// of a vector are its elements.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Order {
-    /// All, as they are.
-    AsIs,
-    /// Rows of each head are put into the interleaved order that ggml's rope of the llama architecture expects.
-    InterleaveRope {
-        /// How many heads the rows belong to.
-        n_heads: u32,
-    },
-    /// Heads that belong together are put apart: of `n_groups` groups of `n_each` heads, the first head of each group
-    /// comes first, then the second of each. What is before the heads stays.
-    TileHeads {
-        /// Rows before the heads.
-        n_before: u64,
-        /// Groups.
-        n_groups: u32,
-        /// Heads of a group.
-        n_each: u32,
-    },
-    /// The same with the heads within each row.
-    TileColumns {
-        /// Groups.
-        n_groups: u32,
-        /// Heads of a group.
-        n_each: u32,
-    },
-    /// The rows are `n_blocks` equal blocks; of all blocks the rows of the first range are taken, then those of the next.
-    Rows {
-        /// Blocks.
-        n_blocks: u32,
-        /// First row and one past the last, counted in a block.
-        ranges: Vec<[u64; 2]>,
-    },
-    /// Each second row, from `first` on; rows have `row_len` values.
-    Alternate {
-        /// 0 or 1.
-        first: u32,
-        /// Values of a row.
-        row_len: u64,
-    },
-    /// The rows are `n_blocks` equal blocks; the first `n_rows` rows of each block become columns.
-    Transposed {
-        /// Blocks.
-        n_blocks: u32,
-        /// Rows of a block that are taken.
-        n_rows: u64,
-    },
-    /// The same with all rows of each block, and of what become rows each second, from `first` on.
-    TransposedAlternate {
-        /// Blocks.
-        n_blocks: u32,
-        /// 0 or 1.
-        first: u32,
-    },
-}
-
-/// What each value becomes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Change {
-    /// Itself.
-    None,
-    /// One is added (norms that are stored around zero).
-    AddOne,
-    /// `-exp(v)` (the decay of a recurrent state, stored as a logarithm).
-    NegativeExp,
 }
 
 /// A source tensor that the vindex does not hold.

@@ -13,7 +13,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use crate::gguf::{self, MetaValue};
-use crate::index::Index;
+use crate::index::{Index, Tensor};
 use crate::plan::Component;
 use crate::slice::Slice;
 
@@ -138,16 +138,16 @@ pub enum Hold {
     Nothing,
     /// Every byte.
     Whole,
-    /// The header and these experts of each tensor.
+    /// The header and these experts of each tensor; with expert 0 what lies beside the experts.
     Experts(Span),
 }
 
 /// Where the bytes of one expert of one tensor are.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ExpertBytes<'a> {
-    /// Name of the stacked tensor.
+    /// Name of the stacked tensor, or of one that lies beside.
     pub tensor: &'a str,
-    /// Which expert.
+    /// Which expert; 0 of a tensor that is not stacked.
     pub expert: u32,
     /// In the part's file.
     pub range: Range<u64>,
@@ -224,8 +224,9 @@ impl Share {
             let tensors = index.tensors.iter();
             tensors.filter(|tensor| tensor.part as usize == part)
         };
-        if experts.has(0) && of_part().any(|tensor| tensor.experts.is_none()) {
-            // These tensors have no hash of their own, the part has.
+        let has_hash = |tensor: &Tensor| tensor.experts.is_some() || tensor.sha256.is_some();
+        if experts.has(0) && !of_part().all(has_hash) {
+            // Some tensor has no hash of its own, the part has.
             return Hold::Whole;
         }
         if of_part().any(|tensor| tensor.experts.is_some()) {
@@ -332,15 +333,20 @@ fn n_experts(index: &Index) -> u32 {
     index.config.experts.map_or(1, |experts| experts.n)
 }
 
-/// Where the experts of `span` are in part `part`, in file order.
+/// Where the experts of `span` are in part `part`, and with expert 0 what lies beside them, in file order.
 pub fn expert_bytes(index: &Index, part: usize, span: Span) -> Vec<ExpertBytes<'_>> {
     let mut places = Vec::new();
-    for tensor in &index.tensors {
-        let Some(hashes) = tensor
-            .experts
-            .as_ref()
-            .filter(|_| tensor.part as usize == part)
-        else {
+    let of_part = |tensor: &&Tensor| tensor.part as usize == part;
+    for tensor in index.tensors.iter().filter(of_part) {
+        if let Some(sha256) = tensor.sha256.as_ref().filter(|_| span.has(0)) {
+            places.push(ExpertBytes {
+                tensor: &tensor.name,
+                expert: 0,
+                range: tensor.offset_bytes..tensor.offset_bytes + tensor.size_bytes,
+                sha256,
+            });
+        }
+        let Some(hashes) = &tensor.experts else {
             continue;
         };
         // A hash each, as the index was checked to have; their count is the slowest dimension of the shape.

@@ -174,7 +174,8 @@ fn damaged(file: &File, index: &Index, i: usize, hold: Hold) -> Vec<String> {
     let tensors = index
         .tensors
         .iter()
-        .filter(|tensor| tensor.part as usize == i && tensor.experts.is_none());
+        .filter(|tensor| tensor.part as usize == i)
+        .filter(|tensor| tensor.experts.is_none() && tensor.sha256.is_none());
     let span = match hold {
         Hold::Experts(span) => span,
         Hold::Whole | Hold::Nothing => ALL,
@@ -193,6 +194,10 @@ fn damaged_experts(
     span: Span,
     progress: &dyn Fn(u64),
 ) -> Vec<String> {
+    let is_stacked = |name: &str| {
+        let mut tensors = index.tensors.iter();
+        tensors.any(|tensor| tensor.name == name && tensor.experts.is_some())
+    };
     let is_damaged = |expert: &ExpertBytes<'_>| {
         let n_bytes = expert.range.end - expert.range.start;
         let got = hash_range(file, expert.range.start, n_bytes, progress);
@@ -201,7 +206,10 @@ fn damaged_experts(
     expert_bytes(index, i, span)
         .into_iter()
         .filter(is_damaged)
-        .map(|expert| format!("{}[{}]", expert.tensor, expert.expert))
+        .map(|expert| match is_stacked(expert.tensor) {
+            true => format!("{}[{}]", expert.tensor, expert.expert),
+            false => expert.tensor.to_owned(),
+        })
         .collect()
 }
 

@@ -11,9 +11,9 @@ use sha2::{Digest, Sha256};
 use support::goldens::goldens;
 use support::{OPTIONS, checkpoint_dir, copy_dir, extracted, listing, run};
 use vindex::{
-    Checkpoint, Error, ExtractOptions, Index, LocalDir, MetaValue, Origin, Progress, Recipe, Slice,
-    SliceContent, Source, SourceError, SourceFile, Vindex, VindexId, dump, read_header,
-    slice_files, slice_files_of_index, verify,
+    Checkpoint, Component, Error, ExtractOptions, Index, LocalDir, MetaValue, Origin, Progress,
+    Recipe, Slice, SliceContent, Source, SourceError, SourceFile, Vindex, VindexId, dump,
+    read_header, slice_files, slice_files_of_index, verify,
 };
 
 fn sha256(bytes: &[u8]) -> String {
@@ -199,6 +199,42 @@ fn experts_have_hashes() {
         let bytes = vindex.tensor(&tensor.name).unwrap().bytes;
         let got: Vec<String> = bytes.chunks(bytes.len() / 4).map(sha256).collect();
         assert_eq!(tensor.experts.as_ref(), Some(&got), "{}", tensor.name);
+    }
+}
+
+/// What lies beside experts has a hash of its own, so that it can be fetched with the first of them; nothing else has.
+#[test]
+fn what_lies_beside_experts_has_a_hash() {
+    for golden in goldens() {
+        let tmp = tempfile::tempdir().unwrap();
+        support::extracted_from(&golden.model, Recipe::Q8_0, tmp.path());
+        let vindex = Vindex::open(tmp.path()).unwrap();
+        let index = vindex.index();
+        for tensor in &index.tensors {
+            let component = index.parts[tensor.part as usize].component;
+            let in_part = || index.tensors.iter().filter(|t| t.part == tensor.part);
+            let is_beside = matches!(component, Component::FeedForward { .. })
+                && in_part().any(|t| t.experts.is_some())
+                && tensor.experts.is_none();
+            let view = vindex.tensor(&tensor.name).unwrap();
+            let expected = is_beside.then(|| sha256(view.bytes));
+            assert_eq!(tensor.sha256, expected, "{} {}", golden.family, tensor.name);
+        }
+    }
+}
+
+/// What is planned to be written is written, part by part and slice by slice.
+#[test]
+fn sizes_are_as_planned() {
+    for golden in goldens() {
+        let tmp = tempfile::tempdir().unwrap();
+        let out = tmp.path().join("out");
+        let source = LocalDir::open(&golden.model).unwrap();
+        let planned = vindex::plan(&source, Recipe::Q4k).unwrap().sizes().unwrap();
+        support::extracted_from(&golden.model, Recipe::Q4k, &out);
+        let written = Vindex::open(&out).unwrap().index().sizes();
+        assert_eq!(planned, written, "{}", golden.family);
+        assert!(written.slices[0].size_bytes > written.slices[1].size_bytes);
     }
 }
 

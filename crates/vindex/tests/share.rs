@@ -8,8 +8,8 @@ use std::path::Path;
 
 use support::{extracted, flip, overwrite};
 use vindex::{
-    Error, Hold, INDEX_FILE, Index, Recipe, SLICE_FILE, Share, Slice, Span, Vindex, Wrong,
-    expert_bytes, part_header, verify,
+    Component, Error, Hold, INDEX_FILE, Index, Recipe, SLICE_FILE, Share, Slice, Span, Vindex,
+    Wrong, expert_bytes, part_header, verify,
 };
 
 fn span(start: u32, end: u32) -> Option<Span> {
@@ -114,6 +114,66 @@ fn a_range_of_experts_opens_and_shows_these_experts_only() {
         .sum();
     assert_eq!(verified.bytes, all.index().parts[0].size_bytes + experts);
     assert_eq!(verified.bytes, share.size_bytes(all.index()));
+}
+
+/// Whatever lies beside the experts (a shared expert, a dense branch, a dense layer) goes with expert 0, and with no other
+/// share; every family, every way to cut its experts in two.
+#[test]
+fn what_lies_beside_experts_is_held_with_the_first() {
+    let mut n_families = 0;
+    for golden in support::goldens::goldens() {
+        let tmp = tempfile::tempdir().unwrap();
+        let full = tmp.path().join("full");
+        let id = support::extracted_from(&golden.model, Recipe::Q4k, &full);
+        let all = Vindex::open(&full).unwrap();
+        let Some(experts) = all.index().config.experts else {
+            continue;
+        };
+        n_families += 1;
+        let whole = Share::from(Slice::ExpertServer);
+        for cut in 1..experts.n {
+            let mut held = Vec::new();
+            for (start, end) in [(0, cut), (cut, experts.n)] {
+                let share = Share::of_experts(all.index(), None, span(start, end)).unwrap();
+                let dir = tmp.path().join(format!("{start}-{end}"));
+                write_share(&full, share, &dir);
+                let verified = verify(&dir, &|_| ()).unwrap();
+                assert_eq!((verified.id, verified.share), (id, share));
+                assert_eq!(verified.bytes, share.size_bytes(all.index()));
+                held.push((share, Vindex::open(&dir).unwrap()));
+            }
+            for tensor in &all.index().tensors {
+                let part = tensor.part as usize;
+                let component = all.index().parts[part].component;
+                if !matches!(component, Component::FeedForward { .. }) {
+                    continue;
+                }
+                let name = &tensor.name;
+                let n = tensor.experts.as_ref().map_or(1, Vec::len) as u32;
+                for expert in 0..n {
+                    let there = all.expert(name, expert).unwrap();
+                    for (share, here) in &held {
+                        let is_mine = share.experts.unwrap().has(expert);
+                        let here = here.expert(name, expert);
+                        assert_eq!(here.is_some(), is_mine, "{name} {expert} in {share}");
+                        assert!(here.is_none_or(|here| here.bytes == there.bytes));
+                    }
+                }
+                if n == 1 && tensor.experts.is_none() {
+                    assert!(held[0].1.tensor(name).is_some() && held[1].1.tensor(name).is_none());
+                }
+            }
+            // Nothing is held twice but the first part, and no header counts.
+            let sizes: u64 = held.iter().map(|(s, _)| s.size_bytes(all.index())).sum();
+            let first = all.index().parts[0].size_bytes;
+            assert!(
+                sizes <= whole.size_bytes(all.index()) + first,
+                "{}",
+                golden.family
+            );
+        }
+    }
+    assert!(n_families >= 2);
 }
 
 #[cfg(unix)]

@@ -58,6 +58,17 @@ fn a_plan_writes_nothing() {
     assert!(!bench.path("out").exists());
 }
 
+/// What each tensor is made of and how, for kinds that no plain family has.
+#[test]
+fn a_plan_says_where_every_tensor_comes_from() {
+    let bench = Bench::new();
+    let family = model("qwen3_5");
+    let plan = ["extract", &family, "-o", "out", "--quant", "q4k", "--plan"];
+    let run = bench.ok(&plan);
+    let (_, told) = run.stdout.split_once('\n').unwrap();
+    insta::assert_snapshot!("plan_qwen3_5", told);
+}
+
 #[test]
 fn usage_is_refused_with_status_2() {
     let bench = Bench::new();

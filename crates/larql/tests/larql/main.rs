@@ -8,5 +8,6 @@ mod extract;
 mod hostile;
 mod publish;
 mod pull;
+mod routed;
 mod serve;
 mod served;

@@ -22,7 +22,7 @@ fn rows(n_rows: usize, hidden: usize) -> Vec<f32> {
         .collect()
 }
 
-fn options(dir: &Path, secret: &str) -> RemoteOptions {
+pub(crate) fn options(dir: &Path, secret: &str) -> RemoteOptions {
     RemoteOptions {
         secret: Secret::new(secret.as_bytes().to_vec()),
         ..RemoteOptions::new(Identity::of(&Vindex::open(dir).unwrap()))
@@ -30,7 +30,7 @@ fn options(dir: &Path, secret: &str) -> RemoteOptions {
 }
 
 /// The rows of `ffn` in `layer`, for visits of `experts` by each row.
-fn answer(
+pub(crate) fn answer(
     ffn: &dyn FeedForward,
     layer: u32,
     n_rows: usize,
@@ -51,7 +51,7 @@ fn answer(
     out.iter().map(|value| value.to_bits()).collect()
 }
 
-fn local(dir: &Path) -> Local {
+pub(crate) fn local(dir: &Path) -> Local {
     let vindex = Arc::new(Vindex::open(dir).unwrap());
     Local::new(vindex, Arc::new(Pool::new(1))).unwrap()
 }
@@ -437,6 +437,7 @@ fn write_large(small: &Path, dir: &Path) -> u64 {
                     offset_bytes: 4096 + i as u64 * tensor_bytes,
                     size_bytes: tensor_bytes,
                     experts: None,
+                    sha256: None,
                 });
             }
         }

@@ -27,6 +27,8 @@ pub(crate) struct Job<'a> {
     pub(crate) sources: Vec<JobSource<'a>>,
     /// Length of the blocks.
     pub(crate) size_bytes: u64,
+    /// Equal pieces that have a hash each: experts, or 1 for a tensor that lies beside experts.
+    pub(crate) n_hashes: Option<u64>,
     /// What each source gives, in the order of the tensor: index of the source, and which of its values.
     views: Vec<(usize, View)>,
     change: Change,
@@ -98,6 +100,7 @@ pub(crate) fn jobs<'a>(
                 reason,
             })?;
             job.importance = Importance::of(plan, tensor);
+            job.n_hashes = planned.n_hashes(tensor);
             jobs.push(job);
         }
     }
@@ -134,6 +137,7 @@ impl<'a> Job<'a> {
                     tensor,
                     sources: Vec::new(),
                     size_bytes,
+                    n_hashes: None,
                     views: Vec::new(),
                     change: Change::None,
                     packed: None,
@@ -160,6 +164,7 @@ impl<'a> Job<'a> {
                     tensor,
                     sources: Vec::new(),
                     size_bytes,
+                    n_hashes: None,
                     views: views.into_iter().map(|view| (0, view)).collect(),
                     change: Change::None,
                     packed: Some(packed),
@@ -179,6 +184,7 @@ impl<'a> Job<'a> {
                     tensor,
                     sources: vec![source],
                     size_bytes,
+                    n_hashes: None,
                     views: vec![(0, View::range(n_values))],
                     change: Change::None,
                     packed: None,
@@ -223,6 +229,7 @@ impl<'a> Job<'a> {
             tensor,
             sources,
             size_bytes,
+            n_hashes: None,
             views,
             change: transform.change,
             packed: None,
@@ -262,8 +269,11 @@ impl<'a> Job<'a> {
             let mut pieces = Vec::new();
             if computed.is_some() {
                 pieces.push(view.clone());
-            } else {
+            } else if view.is_range() {
                 view.cut(max_values as u64, block_len, &mut pieces);
+            } else {
+                // Beside what is stored, what was read is held as it is decoded, which may be twice as much.
+                view.cut((max_values / 3).max(1) as u64, block_len, &mut pieces);
             }
             chunks.extend(pieces.into_iter().map(|view| Chunk {
                 job,

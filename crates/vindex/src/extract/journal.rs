@@ -33,7 +33,7 @@ pub(crate) struct FinishedPart {
     pub(crate) size_bytes: u64,
     /// Hex.
     pub(crate) sha256: String,
-    /// For each stacked tensor, hex hashes of its experts.
+    /// For each stacked tensor, hex hashes of its experts; for one that lies beside experts, its own.
     pub(crate) experts: BTreeMap<String, Vec<String>>,
 }
 

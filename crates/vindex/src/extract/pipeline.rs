@@ -25,7 +25,6 @@ use super::chunk::{Chunk, Job, Scratch, fit};
 use super::journal::{FinishedPart, Journal};
 use super::layout::Layout;
 use crate::error::Error;
-use crate::index::n_experts;
 use crate::source::Source;
 
 /// Reads in flight. A source on the network needs several to fill its line; local ones do not mind.
@@ -325,7 +324,7 @@ fn hash(
                 };
                 sha256.update(&bytes);
                 let tensor = run.jobs[chunk.job].tensor;
-                if let Some(n) = n_experts(&tensor.name, &tensor.ne) {
+                if let Some(n) = run.jobs[chunk.job].n_hashes {
                     let hashes = experts.get_or_insert_with(|| {
                         ExpertHashes::new(run.jobs[chunk.job].size_bytes / n)
                     });

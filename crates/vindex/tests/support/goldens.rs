@@ -1,6 +1,6 @@
 //! Which models the golden tests run: the families in `fixtures/`, and all in the folder that `SKULK_GOLDENS` names.
 //!
-//! That folder has `models/FAMILY` (a checkpoint with `golden.npz`) and `gguf/FAMILY.json`, as `.ci/run` sets it. Invariant:
+//! That folder has `models/FAMILY` (a checkpoint with `golden.npz` and `tokenize.json`) and `gguf/FAMILY.json`, as `.ci/run` sets it. Invariant:
 //! when it is set and something of a family is missing there, the test fails; when it is not, only the fixtures run. Other
 //! crates take this file in with `#[path]`, so that all have the same families.
 #![allow(
@@ -23,6 +23,8 @@ pub struct Golden {
     pub gguf: PathBuf,
     /// What `transformers` computes.
     pub npz: PathBuf,
+    /// What the `tokenizers` library makes of some texts.
+    pub tokenize: PathBuf,
 }
 
 /// Every family, by name.
@@ -34,6 +36,7 @@ pub fn goldens() -> Vec<Golden> {
             model: fixtures.join("models").join(&family),
             gguf: fixtures.join("gguf").join(format!("{family}.json")),
             npz: fixtures.join("goldens").join(format!("{family}.npz")),
+            tokenize: fixtures.join("tokenize").join(format!("{family}.json")),
             family,
         };
         all.insert(golden.family.clone(), golden);
@@ -45,6 +48,7 @@ pub fn goldens() -> Vec<Golden> {
             let golden = Golden {
                 gguf: folder.join("gguf").join(format!("{family}.json")),
                 npz: model.join("golden.npz"),
+                tokenize: model.join("tokenize.json"),
                 model,
                 family,
             };
@@ -52,7 +56,7 @@ pub fn goldens() -> Vec<Golden> {
         }
     }
     for golden in all.values() {
-        for path in [&golden.model, &golden.gguf, &golden.npz] {
+        for path in [&golden.model, &golden.gguf, &golden.npz, &golden.tokenize] {
             assert!(path.exists(), "{} is missing", path.display());
         }
     }
