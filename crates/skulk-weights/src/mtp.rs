@@ -7,7 +7,6 @@
 //! Invariant: of the checkpoint, nothing is read but headers, heads and their scales. Left out: the commit (`run`).
 
 pub(crate) mod convert;
-pub(crate) mod grid;
 pub(crate) mod heads;
 pub(crate) mod inspection;
 pub(crate) mod layout;

@@ -9,6 +9,8 @@
 //! | n: u64 | JSON (n) | tensor data, offsets count from here |
 //! ```
 
+mod whole;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
@@ -18,6 +20,7 @@ use serde::de::{Deserializer, MapAccess, Visitor};
 
 use crate::error::Error;
 use crate::source::{Files, Source};
+pub(crate) use whole::{Coded, Quantization};
 
 /// Largest header we read; safetensors' own limit.
 const HEADER_BYTES_MAX: u64 = 100_000_000;
@@ -34,6 +37,9 @@ pub struct Checkpoint {
     tensors: BTreeMap<String, SourceTensor>,
     /// Lengths of the files that the tensors are in.
     files: BTreeMap<String, u64>,
+    /// What the codes of some tensors need.
+    coded: BTreeMap<String, Coded>,
+    norms_are_whole: bool,
 }
 
 /// Where one tensor's values are.
@@ -66,6 +72,8 @@ pub enum Dtype {
     Unread,
     /// Blocks of a GGUF file.
     Blocks(BlockType),
+    /// Codes that become values by tensors beside them.
+    Coded,
 }
 
 /// A type of safetensors that we do not read values of: its name there and its size.
@@ -76,13 +84,13 @@ pub struct OtherDtype {
 }
 
 impl Dtype {
-    /// Size of one element, in bits; of one in a block the whole bits of the average.
+    /// Size of one element, in bits; of one in a block the whole bits of the average, and 0 where it is not known.
     pub const fn bits(self) -> u64 {
         match self {
             Dtype::F32 => 32,
             Dtype::F16 | Dtype::BF16 => 16,
             Dtype::Other(other) => other.bits,
-            Dtype::Unread => 0,
+            Dtype::Unread | Dtype::Coded => 0,
             Dtype::Blocks(t) => (8 * t.block_bytes() / t.block_len()) as u64,
         }
     }
@@ -127,6 +135,7 @@ impl fmt::Display for Dtype {
             Dtype::BF16 => "BF16",
             Dtype::Other(other) => other.name,
             Dtype::Unread => "unread",
+            Dtype::Coded => "codes with scales",
             Dtype::Blocks(block_type) => block_type.name(),
         })
     }
@@ -186,6 +195,8 @@ impl Checkpoint {
         Checkpoint {
             files: lengths.collect(),
             tensors,
+            coded: BTreeMap::new(),
+            norms_are_whole: false,
         }
     }
 

@@ -12,6 +12,7 @@ mod rope;
 
 use serde_json::{Map, Value};
 
+use crate::checkpoint::Quantization;
 use crate::config::{Activation, Attention, Config, Experts, Gating, SlidingWindow};
 use crate::error::Error;
 use crate::families::{Bias, Family, Window};
@@ -342,13 +343,32 @@ impl ConfigJson {
         }))
     }
 
+    /// How weights are stored that are quantised already.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] when that is in a way which is not read.
+    pub(crate) fn quantization(&self) -> Result<Quantization, Error> {
+        let config = self.get("quantization_config");
+        let of_mlx = config.filter(|c| c.get("quant_method").is_none());
+        Quantization::of(config, self.get("quantization").or(of_mlx))
+    }
+
     fn refuse_what_cannot_be_followed(&self, family: &Family) -> Result<(), Error> {
         if let Some(quantised) = self.get("quantization_config") {
             let method = quantised
                 .get("quant_method")
                 .and_then(Value::as_str)
                 .unwrap_or("unknown");
-            if !(family.keeps_mxfp4 && method == "mxfp4") {
+            let format = quantised.get("format").and_then(Value::as_str);
+            let is_read = match method {
+                "mxfp4" => family.keeps_mxfp4,
+                "fp8" | "fbgemm_fp8" => true,
+                "compressed-tensors" => format == Some("float-quantized"),
+                // MLX names no method.
+                "unknown" => quantised.get("bits").is_some(),
+                _ => false,
+            };
+            if !is_read {
                 return unsupported(format!(
                     "its weights are quantised already (method {}); take the original",
                     clip(method)

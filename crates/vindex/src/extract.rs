@@ -11,6 +11,7 @@
 //! parts in flight. Left out: deciding to overwrite anything; what is not ours is refused.
 
 mod chunk;
+mod coded;
 mod journal;
 mod layout;
 mod packed;

@@ -73,6 +73,7 @@ fn of_checkpoint(
     };
     let mut config = json.numbers(family, files)?;
     config.n_nextn = placement::n_nextn(&checkpoint, family);
+    let checkpoint = checkpoint.whole(&json.quantization()?)?;
     let placed = placement::place(&checkpoint, &json, family, &config, recipe)?;
     let tokenizer = tokenizer::read(files, &json, family, config.vocab)?;
     config.bos = tokenizer.bos.or(config.bos);

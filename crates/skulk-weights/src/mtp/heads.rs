@@ -9,9 +9,8 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use quant::{BlockType, Narrow};
 use serde_json::Value;
 use terminal::Failure;
-use vindex::{Dtype, Source, SourceTensor, safetensors_header};
+use vindex::{Dtype, Grid, Source, SourceTensor, safetensors_header};
 
-use crate::mtp::grid::Grid;
 use crate::mtp::spelling::{Spelling, language_field};
 
 const CONFIG_FILE: &str = "config.json";

@@ -5,9 +5,10 @@
 
 use quant::BlockType;
 
+use super::coded;
 use super::packed::{self, Packed};
 use super::view::{self, Span, View};
-use crate::checkpoint::{Checkpoint, Dtype, SourceTensor};
+use crate::checkpoint::{Checkpoint, Coded, Dtype, SourceTensor};
 use crate::error::Error;
 use crate::gguf;
 use crate::imatrix::Importance;
@@ -43,8 +44,16 @@ pub(crate) struct JobSource<'a> {
     /// Name in the checkpoint.
     pub(crate) name: &'a str,
     pub(crate) tensor: &'a SourceTensor,
-    dtype: BlockType,
+    form: Form<'a>,
     n_values: u64,
+}
+
+/// How the values of a source are stored.
+#[derive(Clone, Copy)]
+enum Form<'a> {
+    Blocks(BlockType),
+    /// Codes, in rows of so many.
+    Coded(&'a Coded, u64),
 }
 
 /// Some consecutive values of one job.
@@ -76,6 +85,10 @@ pub(crate) struct Scratch {
     tile: Vec<f32>,
     /// How much their errors count.
     weights: Vec<f32>,
+    /// Whole rows of codes, as values.
+    whole: Vec<f32>,
+    /// Their scales.
+    factors: Vec<f32>,
 }
 
 /// The jobs of the parts that `wanted` picks, in file order.
@@ -173,10 +186,11 @@ impl<'a> Job<'a> {
             }
             Values::Kept { tensor: name } => {
                 let source = JobSource::new(name, checkpoint)?;
-                if source.dtype != tensor.block_type || source.n_values != n_values {
+                let is_same = matches!(source.form, Form::Blocks(t) if t == tensor.block_type);
+                if !is_same || source.n_values != n_values {
                     return Err(format!(
                         "{n_values} values in {} blocks are to be kept, {name} has {} in {}",
-                        tensor.block_type, source.n_values, source.dtype
+                        tensor.block_type, source.n_values, source.tensor.dtype
                     ));
                 }
                 return Ok(Job {
@@ -248,10 +262,10 @@ impl<'a> Job<'a> {
             return Vec::new();
         };
         let read = |&span: &Span| {
-            let (offset_bytes, len) = source.range(span);
-            (source.name, source.tensor, offset_bytes, len)
+            let pieces = source.pieces(span).into_iter();
+            pieces.map(|(tensor, at, len)| (source.name, tensor, at, len))
         };
-        spans.map(read).collect()
+        spans.flat_map(read).collect()
     }
 
     /// Cuts the job into chunks of about `max_values`, given its own index.
@@ -336,11 +350,13 @@ impl<'a> Job<'a> {
             blocks.copy_from_slice(raw);
             return n_nonfinite_in(block_type, raw, &mut scratch.tile);
         }
-        let dtype = self.sources[chunk.source].dtype;
+        let form = self.sources[chunk.source].form;
         let Scratch {
             read,
             tile,
             weights,
+            whole,
+            factors,
         } = scratch;
         let mut start = chunk.start;
         let mut change_and_encode = |values: &mut [f32], blocks: &mut [u8]| {
@@ -359,10 +375,38 @@ impl<'a> Job<'a> {
         if !chunk.view.is_range() {
             read.resize(chunk.read_values() as usize, 0.0);
             tile.resize(chunk.n_values, 0.0);
-            quant::decode(dtype, raw, read);
+            match form {
+                Form::Blocks(dtype) => quant::decode(dtype, raw, read),
+                Form::Coded(coded, row_len) => {
+                    let (mut raw, mut left) = (raw, read.as_mut_slice());
+                    for &span in &chunk.spans {
+                        let (values, rest) = left.split_at_mut(span.n_values as usize);
+                        coded::decode(coded, row_len, span, &mut raw, values, whole, factors);
+                        left = rest;
+                    }
+                }
+            }
             chunk.view.gather(&chunk.spans, read, tile);
             return change_and_encode(tile, blocks);
         }
+        let dtype = match form {
+            Form::Blocks(dtype) => dtype,
+            Form::Coded(coded, row_len) => {
+                // A range is one span.
+                let mut raw = raw;
+                let mut n_bad = 0;
+                let mut blocks = blocks;
+                for &span in &chunk.spans {
+                    let n_values = span.n_values as usize;
+                    read.resize(n_values, 0.0);
+                    coded::decode(coded, row_len, span, &mut raw, read, whole, factors);
+                    let (these, rest) = blocks.split_at_mut(block_bytes(block_type, n_values));
+                    n_bad += change_and_encode(read, these);
+                    blocks = rest;
+                }
+                return n_bad;
+            }
+        };
         let tile_values = TILE_VALUES.next_multiple_of(block_type.block_len());
         tile.resize(tile_values, 0.0);
         let raw_tiles = raw.chunks(block_bytes(dtype, tile_values));
@@ -406,6 +450,22 @@ impl<'a> JobSource<'a> {
             Dtype::F16 => BlockType::F16,
             Dtype::BF16 => BlockType::BF16,
             Dtype::Blocks(block_type) => block_type,
+            Dtype::Coded => {
+                let coded = checkpoint.coded(name);
+                let coded = coded.ok_or_else(|| format!("nothing tells the codes of {name}"))?;
+                let shape = &tensor.shape;
+                let n_values = shape.iter().try_fold(1_u64, |n, &d| n.checked_mul(d));
+                let row_len = shape.last().copied().filter(|n| *n > 0);
+                return match (n_values, row_len) {
+                    (Some(n_values), Some(row_len)) => Ok(JobSource {
+                        name,
+                        tensor,
+                        form: Form::Coded(coded, row_len),
+                        n_values,
+                    }),
+                    _ => Err(format!("{name} has the shape {shape:?}")),
+                };
+            }
             other => {
                 return Err(format!(
                     "{name} has type {other}, expected F32, F16 or BF16"
@@ -419,18 +479,22 @@ impl<'a> JobSource<'a> {
         Ok(JobSource {
             name,
             tensor,
-            dtype,
+            form: Form::Blocks(dtype),
             n_values,
         })
     }
 
-    /// Which bytes of the source's file `span` is.
-    pub(crate) fn range(&self, span: Span) -> (u64, usize) {
-        let (block_len, block_bytes) = (self.dtype.block_len(), self.dtype.block_bytes() as u64);
-        (
-            self.tensor.offset_bytes + span.start / block_len as u64 * block_bytes,
-            (span.n_values / block_len as u64 * block_bytes) as usize,
-        )
+    /// What is read for `span`.
+    fn pieces(&self, span: Span) -> Vec<coded::Piece<'a>> {
+        match self.form {
+            Form::Coded(coded, row_len) => coded::pieces(self.tensor, coded, row_len, span),
+            Form::Blocks(dtype) => {
+                let (block_len, block_bytes) = (dtype.block_len() as u64, dtype.block_bytes());
+                let (first, n) = (span.start / block_len, span.n_values / block_len);
+                let at = self.tensor.offset_bytes + first * block_bytes as u64;
+                vec![(self.tensor, at, n as usize * block_bytes)]
+            }
+        }
     }
 }
 

@@ -8,17 +8,17 @@ const SIDES: [u64; 4] = [128, 64, 256, 32];
 
 /// The tiles of a stack of matrices, `rows` by `cols` values each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Grid {
+pub struct Grid {
     /// Rows of each matrix.
-    pub(crate) rows: u64,
+    pub rows: u64,
     /// Values of a row.
-    pub(crate) cols: u64,
+    pub cols: u64,
     block_rows: u64,
     /// Values of a row that share a scale.
-    pub(crate) block_cols: u64,
+    pub block_cols: u64,
     scale_rows: u64,
     /// Scales of a row.
-    pub(crate) scale_cols: u64,
+    pub scale_cols: u64,
     /// Each matrix has scales of its own.
     per_matrix: bool,
 }
@@ -26,7 +26,7 @@ pub(crate) struct Grid {
 impl Grid {
     /// How `scales` (its shape) spreads over values of the shape `values`; `tile` is the configuration's
     /// `weight_block_size`. `None` when it cannot.
-    pub(crate) fn of(values: &[u64], scales: &[u64], tile: Option<[u64; 2]>) -> Option<Grid> {
+    pub fn of(values: &[u64], scales: &[u64], tile: Option<[u64; 2]>) -> Option<Grid> {
         let n_values = product(values)?;
         let n_scales = product(scales)?;
         if n_values == 0 || n_scales == 0 {
@@ -106,7 +106,7 @@ impl Grid {
     }
 
     /// Where the scales of a row (of all matrices' rows, one after another) begin.
-    pub(crate) fn first_scale(&self, row: u64) -> u64 {
+    pub fn first_scale(&self, row: u64) -> u64 {
         let (matrix, row) = (row / self.rows, row % self.rows);
         let scale_row = row / self.block_rows;
         let before = if self.per_matrix {
