@@ -39,7 +39,6 @@ pub struct Checkpoint {
     files: BTreeMap<String, u64>,
     /// What the codes of some tensors need.
     coded: BTreeMap<String, Coded>,
-    norms_are_whole: bool,
 }
 
 /// Where one tensor's values are.
@@ -196,7 +195,6 @@ impl Checkpoint {
             files: lengths.collect(),
             tensors,
             coded: BTreeMap::new(),
-            norms_are_whole: false,
         }
     }
 

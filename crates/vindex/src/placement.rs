@@ -11,8 +11,8 @@ use crate::checkpoint::{Checkpoint, Dtype, SourceTensor};
 use crate::config::Config;
 use crate::config_json::ConfigJson;
 use crate::error::Error;
-use crate::families::{Family, Fold, Need, Place, Row};
-use crate::plan::{Component, LeftOut, Order, PlannedPart, PlannedTensor, Transform, Values};
+use crate::families::{Family, Need, Place, Row};
+use crate::plan::{Component, LeftOut, Order, PlannedPart, PlannedTensor, Values};
 use crate::recipe::Recipe;
 
 /// As many missing tensors are listed; a configuration that lies about its layers has no end of them.
@@ -119,7 +119,6 @@ struct Found<'a> {
     tensors: BTreeMap<String, (&'a str, &'a SourceTensor)>,
     used: BTreeSet<String>,
     missing: Vec<String>,
-    norms_are_whole: bool,
 }
 
 impl<'a> Found<'a> {
@@ -144,7 +143,6 @@ impl<'a> Found<'a> {
             tensors,
             used: BTreeSet::new(),
             missing: Vec::new(),
-            norms_are_whole: checkpoint.norms_are_whole(),
         })
     }
 
@@ -215,10 +213,7 @@ impl<'a> Found<'a> {
             .rev()
             .chain(n_experts.map(u64::from))
             .collect();
-        let transform = match row.fold {
-            Fold::Norm if self.norms_are_whole => Transform::NONE,
-            fold => fold.transform(family, config),
-        };
+        let transform = row.fold.transform(family, config);
         if row.fold.is_packed() {
             return self.packed(&in_layer, name, ne, transform.order);
         }

@@ -159,7 +159,6 @@ impl Checkpoint {
             self.tensors.insert(name.clone(), whole);
             self.coded.insert(name.clone(), coded);
         }
-        self.undo_layout_of_mlx();
         Ok(self)
     }
 
@@ -168,30 +167,8 @@ impl Checkpoint {
         self.coded.get(name)
     }
 
-    /// Whether norms that the family stores around zero have had their one added already.
-    pub(crate) fn norms_are_whole(&self) -> bool {
-        self.norms_are_whole
-    }
-
     fn taken(&mut self, name: &str) -> Option<SourceTensor> {
         self.tensors.remove(name)
-    }
-
-    /// MLX has the channels of a convolution last, and whoever writes that has added the one to norms that are stored around
-    /// zero, unless there are heads that predict further tokens. So does `mlx_lm` tell (`sanitize` of `qwen3_5.py`).
-    fn undo_layout_of_mlx(&mut self) {
-        let mut is_moved = false;
-        for (name, tensor) in &mut self.tensors {
-            if let (true, [_, width, 1]) = (name.ends_with(".conv1d.weight"), &tensor.shape[..])
-                && *width > 1
-            {
-                // One of the two is 1, so that the values stay where they are.
-                tensor.shape.swap(1, 2);
-                is_moved = true;
-            }
-        }
-        let has_heads = self.tensors.keys().any(|name| name.contains("mtp."));
-        self.norms_are_whole = is_moved && !has_heads;
     }
 }
 

@@ -97,6 +97,8 @@ pub(super) fn read(keys: &Keys<'_>, family: &Family, model: &Model) -> Result<Co
     let config = match keys.architecture() {
         "qwen35" | "qwen35moe" | "qwen3next" => kinds::hybrid(keys, model, config)?,
         "gemma4" => kinds::gemma4(keys, model, config)?,
+        "gpt-oss" => kinds::gpt_oss(keys, model, config),
+        "deepseek2" => kinds::latent(keys, model, config)?,
         _ => config,
     };
     keys.refuse_the_rest()?;
@@ -326,24 +328,32 @@ fn experts(keys: &Keys<'_>, model: &Model) -> Result<Option<Experts>, Error> {
             return Err(keys.wrong_own("expert_used_count", format!("{other} of {n} experts")));
         }
     };
-    let gate = "blk.0.ffn_gate_exps.weight";
-    let Some(gate) = model.tensor(gate) else {
-        return Err(Error::MissingTensors {
-            tensors: vec![gate.to_owned()],
-        });
+    let n_leading_dense = keys.u32("leading_dense_block_count")?.unwrap_or(0);
+    let gate = model.tensor(&format!("blk.{n_leading_dense}.ffn_gate_exps.weight"));
+    let stored = gate.and_then(|gate| u32::try_from(*gate.ne.get(1)?).ok());
+    let Some(ffn) = ffn.filter(|n| *n > 0).or(stored) else {
+        return Err(keys.wrong_own("expert_feed_forward_length", "it is missing"));
     };
-    let stored = gate.ne.get(1).and_then(|&n| u32::try_from(n).ok());
-    // 1 is softmax over all experts, which is what architectures without the key have.
-    match keys.u32("expert_gating_func")? {
-        None | Some(1) => {}
-        Some(other) => return unsupported(format!("expert_gating_func {other}")),
-    }
+    // 1 is softmax over all experts, which is what architectures without the key have. That over the chosen ones (3) is
+    // the same where the weights add up to one.
+    let gating = match (keys.u32("expert_gating_func")?, keys.architecture()) {
+        (None | Some(1), "llama" | "qwen3moe" | "qwen35moe" | "qwen3next" | "gemma4")
+        | (None | Some(1 | 3), "gpt-oss") => Gating::Softmax,
+        (Some(2), "deepseek2") => Gating::Sigmoid,
+        (other, architecture) => {
+            let other = other.map_or("absent".to_owned(), |n| n.to_string());
+            return unsupported(format!("expert_gating_func {other} of {architecture}"));
+        }
+    };
+    // Of all architectures only this one does not normalise where it is not told to.
+    let normalises = keys.architecture() != "deepseek2";
     Ok(Some(Experts {
         n_used,
-        ffn: ffn.filter(|n| *n > 0).or(stored).unwrap_or(0),
-        normalise: keys.bool("expert_weights_norm")?.unwrap_or(true),
+        ffn,
+        normalise: keys.bool("expert_weights_norm")?.unwrap_or(normalises),
         scale: keys.positive("expert_weights_scale")?.unwrap_or(1.0),
-        ..Experts::new(n, Gating::Softmax)
+        n_leading_dense,
+        ..Experts::new(n, gating)
     }))
 }
 

@@ -1,9 +1,11 @@
 //! What the metadata of newer architectures says beyond that of all: delta nets and gates, two sizes of heads, per-layer
-//! embeddings. Invariant: as in `config.rs`, absent keys have llama.cpp's defaults.
+//! embeddings, sinks, compressed keys. Invariant: as in `config.rs`, absent keys have llama.cpp's defaults.
 
 use super::files::Model;
 use super::keys::Keys;
-use crate::config::{Config, DeltaNet, Heads, LayerEmbeddings, Shared};
+use crate::config::{
+    Config, DeltaNet, Groups, Heads, Latent, LayerEmbeddings, RopeScaling, Shared,
+};
 use crate::error::Error;
 
 /// Each so many-th layer is of attention where no list says which.
@@ -92,6 +94,89 @@ pub(super) fn gemma4(keys: &Keys<'_>, model: &Model, mut config: Config) -> Resu
     config.layer_embeddings = (width > 0).then_some(LayerEmbeddings { width });
     if let Some(experts) = &mut config.experts {
         experts.dense_branch = true;
+    }
+    Ok(config)
+}
+
+/// gpt-oss: sinks and biases.
+pub(super) fn gpt_oss(keys: &Keys<'_>, model: &Model, mut config: Config) -> Config {
+    let has = |name: &str| model.tensor(name).is_some();
+    config.attention.sinks = has("blk.0.attn_sinks.weight");
+    // What the activation is clamped to; there is no other.
+    let _ = keys.own("swiglu_clamp_exp");
+    if let Some(experts) = &mut config.experts {
+        experts.router_bias = has("blk.0.ffn_gate_inp.bias");
+        experts.bias = has("blk.0.ffn_gate_exps.bias");
+    }
+    if let Some(RopeScaling::Yarn { fractional, .. }) = &mut config.rope.scaling {
+        // The models have it so, and there is no key for it.
+        *fractional = true;
+    }
+    config
+}
+
+/// DeepSeek-V3: compressed keys and values, experts chosen by group.
+pub(super) fn latent(keys: &Keys<'_>, model: &Model, mut config: Config) -> Result<Config, Error> {
+    let (q_rank, kv_rank) = (
+        keys.u32("attention.q_lora_rank")?.filter(|n| *n > 0),
+        keys.count("attention.kv_lora_rank", 1 << 16)?,
+    );
+    let whole = keys.count("attention.key_length_mla", 1 << 16)?;
+    let value_length = keys.count("attention.value_length_mla", 1 << 16)?;
+    let n_rotated = config.rope.n_dims;
+    let a = &mut config.attention;
+    let is_compressed = a.n_kv_heads == 1
+        && a.value_length == kv_rank
+        && kv_rank.checked_add(n_rotated) == Some(a.key_length);
+    let n_plain = whole.checked_sub(n_rotated).filter(|_| is_compressed);
+    let Some(n_plain) = n_plain else {
+        return Err(keys.wrong_own(
+            "attention.key_length",
+            format!(
+                "heads of {} are not {kv_rank} compressed and {n_rotated} rotated elements",
+                a.key_length
+            ),
+        ));
+    };
+    a.latent = Some(Latent {
+        q_rank,
+        n_plain,
+        value_length,
+    });
+    let mut scale = 1.0 / f64::from(whole).sqrt();
+    let multiplier = keys.positive("rope.scaling.yarn_log_multiplier")?;
+    if let (
+        Some(multiplier),
+        Some(RopeScaling::Yarn {
+            factor,
+            attention_factor,
+            ..
+        }),
+    ) = (multiplier, &mut config.rope.scaling)
+    {
+        // A tenth of the configuration's number, which is a short decimal.
+        let of_all = (f64::from(multiplier) * 1e7).round() / 1e6;
+        let stretched = 0.1 * of_all * f64::from(*factor).max(1.0).ln() + 1.0;
+        scale *= stretched.powi(2);
+        // The one of the two numbers that is there stands for both, and they cancel.
+        *attention_factor = attention_factor.or(Some(1.0));
+    }
+    config.attention.scale = scale as f32;
+    let n = keys.u32("expert_group_count")?.unwrap_or(1);
+    let n_used = keys.u32("expert_group_used_count")?.unwrap_or(n);
+    let n_shared = keys.u32("expert_shared_count")?.unwrap_or(0);
+    if let Some(experts) = &mut config.experts {
+        if n == 0 || n_used == 0 || n_used > n || !experts.n.is_multiple_of(n) {
+            let reason = format!("{n_used} of {n} groups of {} experts", experts.n);
+            return Err(keys.wrong_own("expert_group_count", reason));
+        }
+        experts.groups = (n_used < n).then_some(Groups { n, n_used });
+        let bias = format!("blk.{}.exp_probs_b.bias", experts.n_leading_dense);
+        experts.choice_bias = model.tensor(&bias).is_some();
+        experts.shared = (n_shared > 0).then_some(Shared {
+            ffn: n_shared.saturating_mul(experts.ffn),
+            gated: false,
+        });
     }
     Ok(config)
 }
