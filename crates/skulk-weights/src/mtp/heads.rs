@@ -375,7 +375,7 @@ impl Headers<'_> {
             Dtype::F32 if keep_f32 && is_router_bias(name) => return Ok((Codec::Copy, shape)),
             Dtype::F32 => return Ok((Codec::Float(BlockType::F32), shape)),
             Dtype::F16 => return Ok((Codec::Float(BlockType::F16), shape)),
-            Dtype::Other(_) | Dtype::Unread | Dtype::Blocks(_) => {
+            Dtype::Other(_) | Dtype::Unread | Dtype::Blocks(_) | Dtype::Coded => {
                 match tensor.dtype.to_string().as_str() {
                     "F8_E4M3" => Narrow::E4M3,
                     "F8_E5M2" => Narrow::E5M2,
