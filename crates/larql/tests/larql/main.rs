@@ -2,6 +2,7 @@
 //! leave on disk, and what others can see when they are killed.
 
 mod bench;
+mod calibrate;
 mod compute;
 mod drafts;
 mod extract;
