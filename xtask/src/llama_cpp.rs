@@ -119,27 +119,35 @@ pub(crate) fn first_part(vindex: &Path) -> Done<PathBuf> {
 
 /// Perplexity of a text in llama.cpp, windows of `window` tokens, of which the second half counts.
 pub(crate) fn perplexity(tools: &Path, first_part: &Path, text: &Path, window: usize) -> Done<f64> {
-    let result = Command::new(tools.join("llama-perplexity"))
-        .arg("--model")
-        .arg(first_part)
-        .arg("--file")
-        .arg(text)
-        .args([
-            "--ctx-size",
-            &window.to_string(),
-            "--threads",
-            "2",
-            "--no-warmup",
-        ])
-        .output()
-        .map_err(|error| format!("cannot run llama-perplexity: {error}"))?;
-    let said = String::from_utf8_lossy(&result.stdout).into_owned()
-        + &String::from_utf8_lossy(&result.stderr);
-    if !result.status.success() {
-        return Err(format!("llama-perplexity: {}\n{said}", result.status));
+    let mut said = String::new();
+    // What llama-perplexity writes last, its figure, is sometimes lost when it ends.
+    for _ in 0..5 {
+        let result = Command::new(tools.join("llama-perplexity"))
+            .arg("--model")
+            .arg(first_part)
+            .arg("--file")
+            .arg(text)
+            .args([
+                "--ctx-size",
+                &window.to_string(),
+                "--threads",
+                "2",
+                "--no-warmup",
+            ])
+            .output()
+            .map_err(|error| format!("cannot run llama-perplexity: {error}"))?;
+        said = String::from_utf8_lossy(&result.stdout).into_owned()
+            + &String::from_utf8_lossy(&result.stderr);
+        if !result.status.success() {
+            return Err(format!("llama-perplexity: {}\n{said}", result.status));
+        }
+        let figure = said
+            .lines()
+            .find_map(|line| line.split_once("PPL = "))
+            .and_then(|(_, figure)| figure.split_whitespace().next()?.parse().ok());
+        if let Some(figure) = figure {
+            return Ok(figure);
+        }
     }
-    said.lines()
-        .find_map(|line| line.split_once("PPL = "))
-        .and_then(|(_, figure)| figure.split_whitespace().next()?.parse().ok())
-        .ok_or_else(|| format!("llama-perplexity gave no figure:\n{said}"))
+    Err(format!("llama-perplexity gave no figure:\n{said}"))
 }
