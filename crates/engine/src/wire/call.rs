@@ -264,12 +264,16 @@ impl<'a> Call<'a> {
         let mut reasons = Vec::new();
         let mut may_return = false;
         for (peer, state) in states.iter().enumerate() {
-            let held = state.welcome.is_none() || state.held(self.layer, &(expert..expert + 1));
-            if !held || self.memory.shunned.contains(&(peer as u32)) {
+            if self.memory.shunned.contains(&(peer as u32)) {
                 continue;
             }
             let down = now.saturating_duration_since(state.down_since);
-            may_return |= down < self.peers.options.deadline;
+            let held = state.welcome.is_none() || state.held(self.layer, &(expert..expert + 1));
+            // Whoever is down may come back with other ranges.
+            may_return |= (held || !state.is_up) && down < self.peers.options.deadline;
+            if !held {
+                continue;
+            }
             reasons.push(format!(
                 "{}: {}, down for {:.1} s",
                 self.peers.addresses[peer],
