@@ -3,7 +3,8 @@
 use engine::{KvType, Sequence, Wanted, Work};
 use vindex::Recipe;
 
-use crate::support::{Engine, bits, extracted};
+use crate::goldens::folder::{Golden, goldens};
+use crate::support::{Engine, bits, extracted_from};
 
 /// Longer than a page, so that chunks end within pages and pages within chunks; repeats nothing soon.
 fn prompt(n: u32, seed: u32) -> Vec<u32> {
@@ -12,16 +13,11 @@ fn prompt(n: u32, seed: u32) -> Vec<u32> {
         .collect()
 }
 
-/// One of each kind: plain, window and soft caps and four norms, routed, with states.
-const FAMILIES: [&str; 5] = ["llama3", "gemma2", "gemma3", "qwen3_moe", "qwen3_5"];
-
 #[test]
 fn chunks_of_a_prompt() {
-    for (family, kv_type) in FAMILIES
-        .into_iter()
-        .zip([KvType::F16, KvType::F32].into_iter().cycle())
-    {
-        let model = extracted(family, Recipe::Q4k);
+    let kv_types = [KvType::F16, KvType::F32].into_iter().cycle();
+    for (Golden { family, model, .. }, kv_type) in goldens().into_iter().zip(kv_types) {
+        let model = extracted_from(&model, Recipe::Q4k);
         let mut engine = Engine::new(&model.vindex, kv_type, 2);
         let tokens = prompt(150, 3);
         let expected = engine.logits(&tokens);
@@ -39,8 +35,8 @@ fn chunks_of_a_prompt() {
 
 #[test]
 fn sequences_in_one_batch() {
-    for family in FAMILIES {
-        let model = extracted(family, Recipe::Q4k);
+    for Golden { family, model, .. } in goldens() {
+        let model = extracted_from(&model, Recipe::Q4k);
         let mut engine = Engine::new(&model.vindex, KvType::F16, 2);
         let prompts = [
             prompt(5, 1),
@@ -98,12 +94,11 @@ fn sequences_in_one_batch() {
 
 #[test]
 fn threads() {
-    for (family, recipe) in
-        FAMILIES
-            .into_iter()
-            .zip([Recipe::Q4k, Recipe::F32, Recipe::Bf16, Recipe::Q8_0])
+    let recipes = [Recipe::Q4k, Recipe::F32, Recipe::Bf16, Recipe::Q8_0];
+    for (Golden { family, model, .. }, recipe) in
+        goldens().into_iter().zip(recipes.into_iter().cycle())
     {
-        let model = extracted(family, recipe);
+        let model = extracted_from(&model, recipe);
         let tokens = prompt(70, 4);
         let expected = Engine::new(&model.vindex, KvType::F16, 1).logits(&tokens);
         for n_threads in [2, 3] {
@@ -118,8 +113,8 @@ fn threads() {
 
 #[test]
 fn hidden_states_of_every_row_wanted_or_not() {
-    for family in FAMILIES {
-        let model = extracted(family, Recipe::Q4k);
+    for Golden { family, model, .. } in goldens() {
+        let model = extracted_from(&model, Recipe::Q4k);
         let mut engine = Engine::new(&model.vindex, KvType::F16, 2);
         assert!(engine.forward.hidden().is_empty());
         engine.logits(&prompt(3, 3));

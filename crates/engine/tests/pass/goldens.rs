@@ -1,7 +1,7 @@
 //! Every family, extracted in single precision, against logits and greedy tokens that `transformers` computed.
 
 #[path = "../../../vindex/tests/support/goldens.rs"]
-mod folder;
+pub(crate) mod folder;
 
 use std::panic::catch_unwind;
 
