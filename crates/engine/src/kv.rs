@@ -65,7 +65,8 @@ impl KvType {
         }
     }
 
-    fn value_bytes(self) -> usize {
+    /// Bytes of a value.
+    pub fn value_bytes(self) -> usize {
         self.block_type().block_bytes()
     }
 }

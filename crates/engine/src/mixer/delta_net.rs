@@ -522,11 +522,17 @@ impl Task<'_> {
                 };
                 let value = 2 * keys_len + self.v * s.value_length + first_column;
                 let (mut values, mut result) = ([0.0; SLAB], [0.0; SLAB]);
-                values[..width].copy_from_slice(&channels[value..][..width]);
+                match channels[value..].first_chunk() {
+                    Some(whole) if width == SLAB => values = *whole,
+                    _ => values[..width].copy_from_slice(&channels[value..][..width]),
+                }
                 quant::delta_rule(&mut slab, delta_row, &values, &mut result);
                 if let Some(row) = row.checked_sub(n_pending) {
-                    let out = &mut self.out.row_mut(row)[first_column..][..width];
-                    out.copy_from_slice(&result[..width]);
+                    let out = &mut self.out.row_mut(row)[first_column..];
+                    match out.first_chunk_mut() {
+                        Some(whole) if width == SLAB => *whole = result,
+                        _ => out[..width].copy_from_slice(&result[..width]),
+                    }
                 }
                 let n_taken = row + 1;
                 if let Begin::Own(heads) = &mut self.begin

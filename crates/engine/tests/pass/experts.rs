@@ -150,14 +150,20 @@ pub(crate) fn routed(
 }
 
 /// A plan that gets tensors of random values.
-struct Changed<'a> {
-    plan: &'a mut Plan,
-    state: u64,
+pub(crate) struct Changed<'a> {
+    pub(crate) plan: &'a mut Plan,
+    pub(crate) state: u64,
 }
 
 impl Changed<'_> {
     /// Values between `offset - scale` and `offset + scale`.
-    fn put(&mut self, to: Component, name: &str, ne: &[usize], (offset, scale): (f32, f32)) {
+    pub(crate) fn put(
+        &mut self,
+        to: Component,
+        name: &str,
+        ne: &[usize],
+        (offset, scale): (f32, f32),
+    ) {
         let n = ne.iter().product::<usize>();
         let mut next = || {
             self.state = self
@@ -173,6 +179,7 @@ impl Changed<'_> {
             .iter_mut()
             .find(|p| p.component == to)
             .unwrap();
+        part.tensors.retain(|tensor| tensor.name != name);
         part.tensors.push(PlannedTensor {
             name: name.to_owned(),
             ne: ne.iter().map(|&n| n as u64).collect(),

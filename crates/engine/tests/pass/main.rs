@@ -5,6 +5,7 @@ mod cache;
 mod collector;
 mod experts;
 mod goldens;
+mod mixers;
 mod npz;
 mod oracle;
 mod states;

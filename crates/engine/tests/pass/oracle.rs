@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use vindex::{Activation, Config, Recipe, RopeKind, RopeScaling, Vindex};
 
 use crate::experts::routed;
+use crate::mixers::mixed_otherwise;
 use crate::support::{Engine, difference, extracted_from, fixtures};
 
 pub(crate) const HIDDEN: usize = 48;
@@ -135,40 +136,44 @@ pub(crate) fn oracle(vindex: &Vindex, tokens: &[u32]) -> Vec<f32> {
                 .collect()
         };
         let normed = norm(&x, &get(&name("attn_norm.weight")), config);
-        let mut q = project(&normed, "attn_q", 64, a.qkv_bias);
-        let mut k = project(&normed, "attn_k", 32, a.qkv_bias);
-        let mut v = project(&normed, "attn_v", 32, a.qkv_bias);
-        if a.value_norm {
-            for value in v.iter_mut().flat_map(|row| row.chunks_exact_mut(16)) {
-                let root = (dot(value, value) / 16.0 + f64::from(config.norm_eps)).sqrt();
-                value.iter_mut().for_each(|x| *x /= root);
+        let attend = || {
+            let mut q = project(&normed, "attn_q", 64, a.qkv_bias);
+            let mut k = project(&normed, "attn_k", 32, a.qkv_bias);
+            let mut v = project(&normed, "attn_v", 32, a.qkv_bias);
+            if a.value_norm {
+                for value in v.iter_mut().flat_map(|row| row.chunks_exact_mut(16)) {
+                    let root = (dot(value, value) / 16.0 + f64::from(config.norm_eps)).sqrt();
+                    value.iter_mut().for_each(|x| *x /= root);
+                }
             }
-        }
-        for rows in [&mut q, &mut k] {
-            for (position, row) in rows.iter_mut().enumerate() {
-                row.chunks_exact_mut(16)
-                    .for_each(|head| turn(config, position as f64, head));
+            for rows in [&mut q, &mut k] {
+                for (position, row) in rows.iter_mut().enumerate() {
+                    row.chunks_exact_mut(16)
+                        .for_each(|head| turn(config, position as f64, head));
+                }
             }
-        }
-        let mut mixed = vec![vec![0.0; 64]; x.len()];
-        for (i, mixed) in mixed.iter_mut().enumerate() {
-            for head in 0..4 {
-                let kv = head / 2 * 16;
-                let q = &q[i][head * 16..][..16];
-                let scores: Vec<f64> = k[..=i]
-                    .iter()
-                    .map(|k| (dot(q, &k[kv..kv + 16]) * f64::from(a.scale)).exp())
-                    .collect();
-                let sink = a.sinks.then(|| get(&name("attn_sinks.weight"))[head].exp());
-                let total = scores.iter().sum::<f64>() + sink.unwrap_or(0.0);
-                for (score, v) in scores.iter().zip(&v) {
-                    for (mixed, v) in mixed[head * 16..][..16].iter_mut().zip(&v[kv..kv + 16]) {
-                        *mixed += score / total * v;
+            let mut mixed = vec![vec![0.0; 64]; x.len()];
+            for (i, mixed) in mixed.iter_mut().enumerate() {
+                for head in 0..4 {
+                    let kv = head / 2 * 16;
+                    let q = &q[i][head * 16..][..16];
+                    let scores: Vec<f64> = k[..=i]
+                        .iter()
+                        .map(|k| (dot(q, &k[kv..kv + 16]) * f64::from(a.scale)).exp())
+                        .collect();
+                    let sink = a.sinks.then(|| get(&name("attn_sinks.weight"))[head].exp());
+                    let total = scores.iter().sum::<f64>() + sink.unwrap_or(0.0);
+                    for (score, v) in scores.iter().zip(&v) {
+                        for (mixed, v) in mixed[head * 16..][..16].iter_mut().zip(&v[kv..kv + 16]) {
+                            *mixed += score / total * v;
+                        }
                     }
                 }
             }
-        }
-        let mut delta = project(&mixed, "attn_output", HIDDEN, a.output_bias);
+            project(&mixed, "attn_output", HIDDEN, a.output_bias)
+        };
+        let other = mixed_otherwise(vindex, l, &normed);
+        let mut delta = other.unwrap_or_else(attend);
         if config.post_norms {
             delta = norm(&delta, &get(&name("post_attention_norm.weight")), config);
         }
@@ -285,7 +290,7 @@ pub(crate) fn norm(x: &[Vec<f64>], weight: &[f64], config: &Config) -> Vec<Vec<f
 }
 
 /// As the papers define it: linear (Chen et al. 2023), YaRN (Peng et al. 2023, with the ramp over pairs of its code).
-fn turn(config: &Config, position: f64, head: &mut [f64]) {
+pub(crate) fn turn(config: &Config, position: f64, head: &mut [f64]) {
     let rope = &config.rope;
     assert_eq!(rope.kind, RopeKind::Interleaved);
     let n = f64::from(rope.n_dims);

@@ -9,6 +9,8 @@
 //! Invariant: pure; nothing is read, nothing is rounded. It leaves out compute: a step of few rows is bound by what it
 //! reads, and a bandwidth that was measured with the kernels themselves has their compute in it.
 
+use engine::KvType;
+
 use super::shape::{LayerShape, Shape};
 
 /// What is asked of a cluster at once.
@@ -18,8 +20,8 @@ pub struct Load {
     pub n_streams: u64,
     /// Tokens in each one's cache.
     pub context: u64,
-    /// Bytes of a value in the cache.
-    pub kv_value_bytes: u64,
+    /// How keys and values are remembered.
+    pub kv: KvType,
     /// Bytes of a value on the wire.
     pub wire_value_bytes: u64,
 }
@@ -58,7 +60,7 @@ pub struct Share {
 pub struct Step {
     /// Weights of attention, head and embeddings.
     pub attention: f64,
-    /// Keys and values.
+    /// Keys, values and states.
     pub kv: f64,
     /// Feed-forward weights.
     pub ffn: f64,
@@ -111,7 +113,9 @@ pub fn step(
         ..Step::default()
     };
     for (l, layer) in shape.layers.iter().enumerate() {
-        let kv = layer.kv_values * layer.seen(load.context) * load.kv_value_bytes;
+        let kv = layer.kv_values * layer.seen(load.context) * load.kv.value_bytes() as u64;
+        // A state is read and written.
+        let kv = kv + 2 * layer.state_bytes;
         step.attention += layer.attention_bytes as f64 / attention.bandwidth;
         step.kv += streams * kv as f64 / attention.bandwidth;
         // Whoever holds nothing that a token visits here is not asked.
@@ -159,6 +163,7 @@ pub fn predict(shape: &Shape, load: Load, bandwidth: f64, round_trip: Option<f64
 
 #[cfg(test)]
 mod tests {
+    use super::super::shape::CacheShape;
     use super::*;
 
     fn shape(experts: (u64, u64)) -> Shape {
@@ -171,6 +176,7 @@ mod tests {
             n_every: u64::from(is_dense),
             n_chosen: if is_dense { 0 } else { experts.1 },
             kv_values: 1000,
+            state_bytes: 0,
             window: None,
         };
         Shape {
@@ -188,13 +194,17 @@ mod tests {
                     ..layer
                 },
             ],
+            cache: [CacheShape {
+                page_bytes: 0,
+                fixed_bytes: 0,
+            }; 2],
         }
     }
 
     const LOAD: Load = Load {
         n_streams: 1,
         context: 100,
-        kv_value_bytes: 2,
+        kv: KvType::F16,
         wire_value_bytes: 4,
     };
 

@@ -12,7 +12,6 @@ mod shape;
 use std::fs;
 use std::path::Path;
 
-use engine::KvType;
 use hub::Reference;
 use terminal::{Failure, Output};
 use vindex::{INDEX_FILE, Index};
@@ -20,7 +19,7 @@ use vindex::{INDEX_FILE, Index};
 pub use formula::{Load, Share, Speed, Step, Wire, distinct_experts, predict, step, wire_bytes};
 pub use nodes::{Bytes, Gpu, Link, Node, Nodes, Role, Split};
 pub use place::{Holds, Place, Plan, place};
-pub use shape::{LayerShape, Shape};
+pub use shape::{CacheShape, LayerShape, Shape};
 
 use crate::cli;
 use crate::context::Context;
@@ -43,10 +42,7 @@ pub(crate) fn run(args: &cli::Plan, context: &Context, output: Output) -> Result
     let load = Load {
         n_streams: args.streams.get(),
         context: args.context.map_or(shape.context, |n| n.get()),
-        kv_value_bytes: match args.kv {
-            KvType::F16 => 2,
-            KvType::F32 => 4,
-        },
+        kv: args.kv,
         wire_value_bytes: args.wire.n_bytes() as u64,
     };
     let plan = place(&shape, load, &nodes).map_err(wrong)?;

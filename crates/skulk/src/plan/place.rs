@@ -5,6 +5,8 @@
 
 use std::ops::Range;
 
+use engine::PAGE;
+
 use super::formula::{Load, Share, Speed, Step, Wire, step};
 use super::nodes::{Link, Node, Nodes, Split};
 use super::shape::Shape;
@@ -72,7 +74,7 @@ pub fn place(shape: &Shape, load: Load, nodes: &Nodes) -> Result<Plan, String> {
     if nodes.split == Split::Experts && shape.experts.0 == 1 {
         return Err("split: experts needs a model that has some; leave it out".to_owned());
     }
-    let kv_bytes = load.n_streams * shape.kv_bytes(load.context, load.kv_value_bytes);
+    let kv_bytes = load.n_streams * shape.kv_bytes(load.context, load.kv);
     let own_ffn_bytes = if servers.is_empty() {
         shape.ffn_bytes()
     } else {
@@ -205,9 +207,8 @@ fn too_small(shape: &Shape, load: Load, place: &Place) -> Option<String> {
         ));
     }
     let room = place.memory_bytes - place.weight_bytes;
-    let fits =
-        |n_tokens: u64| load.n_streams * shape.kv_bytes(n_tokens, load.kv_value_bytes) <= room;
-    // The largest context whose cache fits, by halving.
+    let fits = |n_tokens: u64| load.n_streams * shape.kv_bytes(n_tokens, load.kv) <= room;
+    // The largest context whose cache fits, by halving, in whole pages.
     let (mut low, mut high) = (0, load.context);
     while high - low > 1 {
         let middle = low + (high - low) / 2;
@@ -217,6 +218,7 @@ fn too_small(shape: &Shape, load: Load, place: &Place) -> Option<String> {
             high = middle
         }
     }
+    let low = low / PAGE as u64 * PAGE as u64;
     Some(format!(
         "{name} needs {more} more for the cache: a context of {low} tokens fits, or fewer streams"
     ))
@@ -332,7 +334,9 @@ fn by_experts(shape: &Shape, servers: &[&Node]) -> (Vec<Place>, u64) {
 
 #[cfg(test)]
 mod tests {
-    use super::super::shape::LayerShape;
+    use engine::KvType;
+
+    use super::super::shape::{CacheShape, LayerShape};
     use super::*;
 
     fn shape(experts: (u64, u64)) -> Shape {
@@ -345,6 +349,7 @@ mod tests {
             n_every: u64::from(is_dense),
             n_chosen: if is_dense { 0 } else { experts.1 },
             kv_values: 1000,
+            state_bytes: 0,
             window: None,
         };
         Shape {
@@ -356,13 +361,17 @@ mod tests {
             experts,
             context: 4096,
             layers: vec![layer; 4],
+            cache: [CacheShape {
+                page_bytes: 64 * 8000,
+                fixed_bytes: 0,
+            }; 2],
         }
     }
 
     const LOAD: Load = Load {
         n_streams: 1,
         context: 1000,
-        kv_value_bytes: 2,
+        kv: KvType::F16,
         wire_value_bytes: 4,
     };
 
@@ -422,7 +431,7 @@ mod tests {
             ),
         );
         assert!(
-            small.problems[0].contains("a context of 500 tokens fits"),
+            small.problems[0].contains("a context of 448 tokens fits"),
             "{:?}",
             small.problems
         );

@@ -24,7 +24,7 @@ pub(super) fn text(shape: &Shape, load: Load, plan: &Plan) -> String {
             "load      {} with {} tokens each in a cache of {} bytes a value, {} bytes a value on the wire",
             counted(load.n_streams, "stream"),
             load.context,
-            load.kv_value_bytes,
+            load.kv.value_bytes(),
             load.wire_value_bytes
         ),
     ];

@@ -2,6 +2,7 @@
 //!
 //! Invariant: sizes are those of the tensors as they are stored, so that the same model in another recipe is another shape.
 
+use engine::{KvCache, KvType, PAGE};
 use vindex::{Component, Config, Index};
 
 /// What a step has to read and send.
@@ -23,6 +24,17 @@ pub struct Shape {
     pub context: u64,
     /// One a layer.
     pub layers: Vec<LayerShape>,
+    /// What a sequence takes in the cache, in half and in single precision.
+    pub cache: [CacheShape; 2],
+}
+
+/// What a sequence takes in the cache: pages by its length, and states however long it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CacheShape {
+    /// Bytes of [`engine::PAGE`] tokens.
+    pub page_bytes: u64,
+    /// Bytes in any case.
+    pub fixed_bytes: u64,
 }
 
 /// A layer.
@@ -40,8 +52,10 @@ pub struct LayerShape {
     pub n_every: u64,
     /// Results of a token that come from chosen experts.
     pub n_chosen: u64,
-    /// Values of keys and values that one token adds to the cache.
+    /// Values of keys and values that are read for each token that the layer sees.
     pub kv_values: u64,
+    /// Bytes of the state that a token changes, where the layer has one.
+    pub state_bytes: u64,
     /// Tokens that are seen at most, where the layer has a window.
     pub window: Option<u64>,
 }
@@ -100,6 +114,10 @@ impl Shape {
             experts: experts.map_or((1, 1), |e| (u64::from(e.n.max(1)), u64::from(e.n_used))),
             context: u64::from(config.context),
             layers,
+            cache: [KvType::F16, KvType::F32].map(|kv| CacheShape {
+                page_bytes: KvCache::page_bytes_for(config, kv) as u64,
+                fixed_bytes: KvCache::bytes_for(config, kv, 0),
+            }),
         }
     }
 
@@ -119,10 +137,16 @@ impl Shape {
         self.layers.iter().map(|layer| layer.every_bytes).sum()
     }
 
-    /// Bytes of keys and values of one sequence of `n_tokens`, with `value_bytes` for each value.
-    pub fn kv_bytes(&self, n_tokens: u64, value_bytes: u64) -> u64 {
-        let layer = |layer: &LayerShape| layer.kv_values * layer.seen(n_tokens) * value_bytes;
-        self.layers.iter().map(layer).sum()
+    /// Bytes of the cache that one sequence of `n_tokens` takes: [`KvCache::bytes_for`].
+    pub fn kv_bytes(&self, n_tokens: u64, kv: KvType) -> u64 {
+        let CacheShape {
+            page_bytes,
+            fixed_bytes,
+        } = match kv {
+            KvType::F16 => self.cache[0],
+            KvType::F32 => self.cache[1],
+        };
+        n_tokens.div_ceil(PAGE as u64) * page_bytes + fixed_bytes
     }
 }
 
@@ -134,13 +158,20 @@ impl LayerShape {
 }
 
 fn layer(config: &Config, layer: usize) -> LayerShape {
-    let attention = &config.attention;
-    let window = attention
-        .sliding_window
-        .as_ref()
-        .filter(|window| window.layers.get(layer) == Some(&true))
-        .map(|window| u64::from(window.n_tokens));
-    let heads = u64::from(attention.n_kv_heads);
+    let l = layer as u32;
+    let window = config.attention.sliding_window.as_ref();
+    let window = window.filter(|_| config.slides(l));
+    let heads = config.heads(l);
+    let width = match config.attention.latent {
+        // A value is part of its key.
+        Some(_) => heads.key_length,
+        None => heads.key_length + heads.value_length,
+    };
+    let kv_values = match config.kv_layer(l) {
+        Some(_) => u64::from(heads.n_kv_heads) * u64::from(width),
+        None => 0,
+    };
+    let net = config.delta_net.as_ref().filter(|_| config.is_recurrent(l));
     let experts = config.experts.filter(|_| config.is_routed(layer as u32));
     let has_branch = experts.is_some_and(|e| e.dense_branch);
     let has_shared = experts.is_some_and(|e| e.shared.is_some());
@@ -151,7 +182,11 @@ fn layer(config: &Config, layer: usize) -> LayerShape {
         n_rows: 1 + u64::from(has_branch),
         n_every: u64::from(experts.is_none() || has_branch || has_shared),
         n_chosen: experts.map_or(0, |e| u64::from(e.n_used)),
-        kv_values: heads * u64::from(attention.key_length + attention.value_length),
-        window,
+        kv_values,
+        state_bytes: net.map_or(0, |net| {
+            let heads = u64::from(net.n_value_heads);
+            4 * heads * u64::from(net.key_length) * u64::from(net.value_length)
+        }),
+        window: window.map(|window| u64::from(window.n_tokens)),
     }
 }
