@@ -125,6 +125,61 @@ fn what_transformers_adds_to_jinja_is_there() {
 }
 
 #[test]
+fn what_newer_templates_ask_of_jinja_is_there() {
+    let rendered = |source: &str| render(source, json!({})).unwrap();
+    // A macro that is there before the one it calls.
+    assert_eq!(
+        rendered(
+            "{% macro a(x) %}{{ b(x, quotes=False) }}{% endmacro %}\
+             {% macro b(x, quotes=True) %}{{ '<' + x + '>' if quotes else x }}{% endmacro %}{{ a('k') }}{{ b('k') }}"
+        ),
+        "k<k>"
+    );
+    // One that calls itself, on whatever a tool's schema holds.
+    assert_eq!(
+        rendered(
+            "{% macro d(x) %}{% if x is mapping %}{ {%- for k, v in x | dictsort %}{{ k }}:{{ d(v) }}\
+             {{ ',' if not loop.last }}{% endfor -%} }{% elif x is boolean %}{{ 'yes' if x else 'no' }}\
+             {% elif x is string %}\"{{ x }}\"{% elif x is sequence %}[{% for i in x %}{{ d(i) }}\
+             {% if not loop.last %},{% endif %}{% endfor %}]{% else %}{{ x }}{% endif %}{% endmacro %}\
+             {{ d({'b': [1, 'a'], 'a': {'z': true}}) }}"
+        ),
+        r#"{a:{z:yes},b:[1,"a"]}"#
+    );
+    assert_eq!(
+        rendered("{% for k, v in {'B': 1, 'a': 2} | dictsort %}{{ k }}{% endfor %}"),
+        "aB"
+    );
+    assert_eq!(
+        rendered("{{ ['string', 'null'] | map('upper') | list }}"),
+        "['STRING', 'NULL']"
+    );
+    assert_eq!(
+        rendered("{{ 'response' in {'response': 1} }}{{ messages[1:] }}"),
+        "True[]"
+    );
+    assert_eq!(
+        rendered(
+            "{% if not flag | default(false) %}off{% endif %}{{ 'a' + missing | default('b') + 'c' }}"
+        ),
+        "offabc"
+    );
+    assert_eq!(
+        rendered(
+            "{% set v = {'type': 'string'} %}{{ v['type'] | upper == 'STRING' }}{{ 'n' if v['nullable'] else '-' }}"
+        ),
+        "True-"
+    );
+    assert_eq!(
+        rendered(
+            "{% set ns = namespace(r='') %}{% for part in 'x<b>y<e> z'.split('<e>') %}\
+             {% set ns.r = ns.r + part.split('<b>')[0] %}{% endfor %}{{ ns.r | trim }}"
+        ),
+        "x z"
+    );
+}
+
+#[test]
 fn templates_that_are_broken_or_hostile_fail_with_a_reason() {
     assert!(matches!(
         render("{% if %}", json!({})),
