@@ -14,7 +14,7 @@ pub(crate) const N_THREADS: usize = 2;
 
 /// Runs the bench and prints the table of `BENCHMARKS.md`.
 pub(crate) fn run() -> Done {
-    let quantize = llama_cpp::programs()?.join("llama-quantize");
+    let quantize = llama_cpp::programs(&["llama-quantize"])?.join("llama-quantize");
     let larql = build::programs()?.larql;
     let folder = build::workspace("bench")?;
     let source = folder.join("Qwen3-0.6B-shape");

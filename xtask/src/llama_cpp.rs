@@ -8,20 +8,13 @@ use crate::build::{self, Done, run};
 
 /// The source package that is built.
 const PACKAGE: &str = "llama-cpp-python==0.3.36";
-const TOOLS: [&str; 5] = [
-    "llama-bench",
-    "llama-completion",
-    "llama-imatrix",
-    "llama-perplexity",
-    "llama-quantize",
-];
 
-/// The folder of llama.cpp's programs; builds them when they are not there.
-pub(crate) fn programs() -> Done<PathBuf> {
+/// The folder of llama.cpp's programs; builds `tools` where they are not there.
+pub(crate) fn programs(tools: &[&str]) -> Done<PathBuf> {
     let folder = build::workspace("peers")?;
-    let tools = folder.join("llama.cpp/bin");
-    if TOOLS.iter().all(|tool| tools.join(tool).exists()) {
-        return Ok(tools);
+    let bin = folder.join("llama.cpp/bin");
+    if tools.iter().all(|tool| bin.join(tool).exists()) {
+        return Ok(bin);
     }
     let python = folder.join("venv/bin/python");
     if !python.exists() {
@@ -77,8 +70,8 @@ pub(crate) fn programs() -> Done<PathBuf> {
         .arg("--build")
         .arg(&build)
         .arg("--target")
-        .args(TOOLS))?;
-    Ok(tools)
+        .args(tools))?;
+    Ok(bin)
 }
 
 /// The GGUF parts of a vindex, in order.

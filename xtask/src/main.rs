@@ -12,6 +12,7 @@ mod llama_cpp;
 mod peers;
 mod predicted;
 mod proxy;
+mod real;
 mod speed;
 
 use std::process::ExitCode;
@@ -35,6 +36,12 @@ enum Command {
     },
     /// Open our vindexes in llama.cpp and compare what it writes (needs PyPI; builds llama.cpp once).
     Peers,
+    /// Build programs of llama.cpp where they are not there (from PyPI), and print their folder.
+    LlamaCpp {
+        /// Such as llama-perplexity.
+        #[arg(required = true)]
+        tools: Vec<String>,
+    },
     /// Measure against llama.cpp on this machine (builds it once).
     Bench {
         /// What is measured.
@@ -74,6 +81,8 @@ enum What {
     Extract,
     /// Decoding and prefill against llama-bench, split and unsplit.
     Serve,
+    /// Decoding and prefill of real weights in GGUF against llama-bench on the same files.
+    Real,
     /// Serving with guesses against serving without, unsplit and over a slow link.
     Draft,
 }
@@ -82,10 +91,15 @@ fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Command::Demo { arguments } => build::demo(&arguments),
         Command::Peers => peers::run_peers(),
+        Command::LlamaCpp { tools } => {
+            let tools: Vec<&str> = tools.iter().map(String::as_str).collect();
+            llama_cpp::programs(&tools).map(|folder| println!("{}", folder.display()))
+        }
         Command::Bench {
             what: What::Extract,
         } => bench::run(),
         Command::Bench { what: What::Serve } => speed::run(),
+        Command::Bench { what: What::Real } => real::bench(),
         Command::Bench { what: What::Draft } => drafting::run(),
         Command::Failure {
             rounds,

@@ -20,7 +20,12 @@ const PERPLEXITY_RATIO_MAX: f64 = 0.005;
 /// Extracts kjv and its sister with f32 and q4k; lets llama.cpp continue every prompt of kjv and compares; compares
 /// the perplexity of two texts in llama.cpp and in our own forward pass; quantises kjv by statistics of a text, here and there.
 pub(crate) fn run_peers() -> Done {
-    let tools = llama_cpp::programs()?;
+    let tools = llama_cpp::programs(&[
+        "llama-completion",
+        "llama-imatrix",
+        "llama-perplexity",
+        "llama-quantize",
+    ])?;
     let larql = build::programs()?.larql;
     let model = build::root().join("models/kjv");
     let folder = build::workspace("peers")?;

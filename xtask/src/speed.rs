@@ -15,22 +15,22 @@ use crate::build::{self, Done, output};
 use crate::predicted::{self, Measured};
 use crate::{checkpoint, llama_cpp};
 
-const N_PROMPT: usize = 512;
+pub(crate) const N_PROMPT: usize = 512;
 const N_TOKENS: usize = 64;
 const N_STREAMS: usize = 8;
 
 /// Tokens a second.
 #[derive(Clone, Copy, Default)]
-struct Speed {
+pub(crate) struct Speed {
     /// Decoding from the beginning of a text.
-    early: f64,
+    pub(crate) early: f64,
     /// Decoding after [`N_PROMPT`] tokens.
-    late: f64,
-    prefill: f64,
+    pub(crate) late: f64,
+    pub(crate) prefill: f64,
 }
 
 impl Speed {
-    fn best(self, other: Speed) -> Speed {
+    pub(crate) fn best(self, other: Speed) -> Speed {
         Speed {
             early: self.early.max(other.early),
             late: self.late.max(other.late),
@@ -41,7 +41,7 @@ impl Speed {
 
 /// Runs the bench and prints the table of `BENCHMARKS.md`.
 pub(crate) fn run() -> Done {
-    let peer = llama_cpp::programs()?.join("llama-bench");
+    let peer = llama_cpp::programs(&["llama-bench"])?.join("llama-bench");
     let build::Programs { larql, skulk } = build::programs()?;
     let folder = build::workspace("bench")?;
     let source = folder.join("Qwen3-0.6B-shape");
@@ -140,7 +140,7 @@ pub(crate) fn run() -> Done {
 }
 
 /// Our speed, with `more` options.
-fn our_speed(larql: &Path, vindex: &Path, more: &[&str]) -> Done<Speed> {
+pub(crate) fn our_speed(larql: &Path, vindex: &Path, more: &[&str]) -> Done<Speed> {
     let early = measure(larql, vindex, 1, more)?;
     let late = measure(larql, vindex, N_PROMPT, more)?;
     Ok(Speed {
@@ -151,7 +151,7 @@ fn our_speed(larql: &Path, vindex: &Path, more: &[&str]) -> Done<Speed> {
 }
 
 /// What `larql bench` tells.
-fn measure(larql: &Path, vindex: &Path, n_prompt: usize, more: &[&str]) -> Done<Value> {
+pub(crate) fn measure(larql: &Path, vindex: &Path, n_prompt: usize, more: &[&str]) -> Done<Value> {
     let told = output(
         Command::new(larql)
             .args(["bench", "--json"])
@@ -168,14 +168,14 @@ fn measure(larql: &Path, vindex: &Path, n_prompt: usize, more: &[&str]) -> Done<
     serde_json::from_slice(&told).map_err(|error| format!("larql bench told no JSON: {error}"))
 }
 
-fn number(told: &Value, key: &str) -> Done<f64> {
+pub(crate) fn number(told: &Value, key: &str) -> Done<f64> {
     told[key]
         .as_f64()
         .ok_or_else(|| format!("there is no number {key} in {told}"))
 }
 
 /// llama-bench on the same files.
-fn peer_speed(peer: &Path, first_part: &Path) -> Done<Speed> {
+pub(crate) fn peer_speed(peer: &Path, first_part: &Path) -> Done<Speed> {
     let told = output(
         Command::new(peer)
             .arg("--model")
