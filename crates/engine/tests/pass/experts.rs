@@ -441,3 +441,44 @@ fn who_holds_what_changes_no_bit() {
         }
     }
 }
+
+#[test]
+fn a_token_reads_what_it_visits() {
+    let of = |wanted: &str| {
+        let (_, model) = models()
+            .into_iter()
+            .find(|(what, _)| *what == wanted)
+            .unwrap();
+        let bytes = Model::open(Arc::clone(&model.vindex)).unwrap();
+        let index = model.vindex.index();
+        let named = |part: &str| -> u64 {
+            let own = index.tensors.iter().filter(|t| t.name.contains(part));
+            own.map(|t| t.size_bytes).sum()
+        };
+        (
+            bytes.feed_forward_bytes(),
+            bytes.attention_bytes(),
+            named("per_layer_token_embd"),
+        )
+    };
+    // Three matrices of f32.
+    let matrices = |ffn: usize| (3 * HIDDEN * ffn * 4) as u64;
+    let chosen = matrices(EXPERT_FFN);
+    assert_eq!(
+        of("shared with a gate").0,
+        2 * (2 * chosen + matrices(24)),
+        "two layers of two experts and a shared one"
+    );
+    assert_eq!(
+        of("groups, a dense layer before").0,
+        matrices(FFN) + 3 * chosen + matrices(56)
+    );
+    assert_eq!(of("a dense branch").0, 2 * (2 * chosen + matrices(FFN)));
+    let (ffn, attention, looked_up) = of("no experts");
+    assert_eq!(ffn, 2 * matrices(FFN));
+    // Heads of 64 and 32 values, the output head, and what layers make of embeddings of their own; these are looked up.
+    let plain = 2 * HIDDEN * (64 + 32 + 32 + 64) + VOCAB * HIDDEN;
+    let own = 2 * 2 * 12 * HIDDEN + 2 * 12 * HIDDEN;
+    assert_eq!(attention, 4 * (plain + own) as u64);
+    assert!(looked_up > 0);
+}
