@@ -192,8 +192,10 @@ impl Shape {
     /// Whether it is that of a model with these numbers.
     fn is_of(&self, config: &Config) -> bool {
         let own = self.layers.iter().map(|layer| layer.map(|(kept, _)| kept));
+        let net = config.delta_net.as_ref();
+        let net = net.filter(|_| (0..config.n_layers).any(|l| config.is_recurrent(l)));
         own.eq((0..config.n_layers).map(|l| Kept::of(config, l)))
-            && self.states.as_ref().map(|states| &states.net) == config.delta_net.as_ref()
+            && self.states.as_ref().map(|states| &states.net) == net
     }
 
     fn layer(&self, layer: usize) -> (Kept, usize) {

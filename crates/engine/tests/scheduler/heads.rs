@@ -1,5 +1,6 @@
 //! Heads that guess: what they compute, what they guess for a trained model, and which are refused.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use engine::{
@@ -10,6 +11,7 @@ use quant::BlockType::{F32, Q8_0};
 use serde_json::Value;
 use vindex::{Activation, Rope, RopeKind, RopeScaling};
 
+use super::golden_files::golden;
 use super::reference::{self, DeepSeek, Numbers, dot};
 use super::sameness::{all_at_once, many};
 use super::sidecar::{Sidecar, root};
@@ -438,17 +440,28 @@ fn another_model_of_the_same_tokens_guesses() {
 }
 
 #[test]
-fn a_model_with_states_is_guessed_for_by_its_head_and_by_itself() {
-    let loaded = super::sameness::family("qwen3_5");
+fn models_of_each_kind_are_guessed_for_by_their_heads_and_by_themselves() {
+    let mut n_models = 0;
+    for name in ["qwen3_5", "qwen3_5_moe", "deepseek_v3"] {
+        if let Some(files) = golden(name) {
+            let head = root().join(format!("fixtures/heads/{name}.safetensors"));
+            guessed_for(&Loaded::new(files.model.to_str().unwrap()), &head);
+            n_models += 1;
+        }
+    }
+    assert!(n_models > 0);
+}
+
+fn guessed_for(loaded: &Loaded, head: &Path) {
     let parts = &loaded.parts;
     let config = parts.model.config();
-    let head = DraftChoice::Mtp(root().join("fixtures/heads/qwen3_5.safetensors"));
+    let head = DraftChoice::Mtp(head.to_owned());
     let head = Drafts::open(&head, &parts.model, &parts.pool).unwrap();
     let itself = Drafts::Model(Assistant {
         model: parts.model.clone(),
         ffn: parts.ffn.clone(),
     });
-    let expected = all_at_once(&loaded.engine(options()), many(&loaded));
+    let expected = all_at_once(&loaded.engine(options()), many(loaded));
     // What both take together of four texts.
     let few = 8 * KvCache::bytes_for(config, KvType::default(), 200);
     for (drafts, accepts_all) in [(head, false), (itself, true)] {
@@ -460,7 +473,7 @@ fn a_model_with_states_is_guessed_for_by_its_head_and_by_itself() {
                 ..options()
             });
             for _ in 0..2 {
-                assert_eq!(all_at_once(&engine, many(&loaded)), expected);
+                assert_eq!(all_at_once(&engine, many(loaded)), expected);
             }
             let answer = ask(&engine, request(loaded.prompt(7, 70), 64));
             let (_, usage) = answer.end.unwrap();

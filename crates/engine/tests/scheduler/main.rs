@@ -2,6 +2,8 @@
 
 mod drafts;
 mod failures;
+#[path = "../../../vindex/tests/support/goldens.rs"]
+mod golden_files;
 mod heads;
 mod limits;
 mod reference;

@@ -224,3 +224,30 @@ fn answers_go_on_while_a_long_prompt_is_computed() {
     assert!(n >= 35, "{n} tokens beside 40 pieces");
     engine.stop(false);
 }
+
+#[test]
+fn prompts_that_begin_alike_go_on_from_a_state() {
+    let loaded = family("qwen3_5");
+    let alone = loaded.engine(EngineOptions {
+        reuse_prefixes: false,
+        ..options()
+    });
+    for prefill_chunk in [256, 50] {
+        let engine = loaded.engine(EngineOptions {
+            prefill_chunk,
+            ..options()
+        });
+        let begin = loaded.prompt(5, 200);
+        let first = ask(&engine, request(begin.clone(), 30));
+        let mut conversation = begin.clone();
+        conversation.extend(first.ids);
+        conversation.extend(loaded.prompt(6, 40));
+        let other: Vec<u32> = begin.iter().copied().chain(loaded.prompt(7, 20)).collect();
+        for (prompt, n_cached) in [(begin, 192), (conversation, 192), (other, 192)] {
+            let expected = ask(&alone, request(prompt.clone(), 10)).ids;
+            let answer = ask(&engine, request(prompt, 10));
+            assert_eq!(answer.ids, expected);
+            assert_eq!(answer.end.unwrap().1.cached_tokens, n_cached);
+        }
+    }
+}
