@@ -62,11 +62,21 @@ fn a_plan_writes_nothing() {
 #[test]
 fn a_plan_says_where_every_tensor_comes_from() {
     let bench = Bench::new();
-    let family = model("qwen3_5");
-    let plan = ["extract", &family, "-o", "out", "--quant", "q4k", "--plan"];
-    let run = bench.ok(&plan);
-    let (_, told) = run.stdout.split_once('\n').unwrap();
-    insta::assert_snapshot!("plan_qwen3_5", told);
+    for family in ["qwen3_5", "gemma4_moe", "gpt_oss"] {
+        let plan = [
+            "extract",
+            &model(family),
+            "-o",
+            "out",
+            "--quant",
+            "q4k",
+            "--plan",
+        ];
+        let run = bench.ok(&plan);
+        let name = format!("plan_{family}");
+        let (_, told) = run.stdout.split_once('\n').unwrap();
+        insta::assert_snapshot!(name, told);
+    }
 }
 
 #[test]

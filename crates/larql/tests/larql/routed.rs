@@ -41,7 +41,7 @@ fn each_routed(check: impl Fn(&Golden, &Bench, &Config)) {
             .clone();
         check(&golden, &bench, &config);
     }
-    assert!(n_families >= 2);
+    assert!(n_families >= 4);
 }
 
 #[test]

@@ -7,6 +7,7 @@ mod settings;
 #[path = "../support/mod.rs"]
 mod support;
 mod tokenizers;
+mod variants;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
