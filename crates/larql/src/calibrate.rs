@@ -129,7 +129,8 @@ fn calibrate(
     collect(&copy.dir, text_path, &text, args.threads, context)
 }
 
-/// A recipe that keeps the numbers of the checkpoint's matrices.
+/// A recipe that keeps the numbers of the checkpoint's matrices; those that are codes and scales are rounded to BF16, as
+/// converters do.
 fn lossless(plan: &Plan) -> Recipe {
     let matrices = plan.checkpoint.tensors().filter(|(_, t)| t.shape.len() > 1);
     let (mut has_f32, mut has_f16, mut has_bf16) = (false, false, false);
