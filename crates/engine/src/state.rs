@@ -82,7 +82,7 @@ impl StateShape {
     }
 
     fn tail_len(&self) -> usize {
-        (self.net.conv_kernel as usize - 1) * self.n_channels()
+        (self.net.conv_kernel as usize).saturating_sub(1) * self.n_channels()
     }
 
     /// Bytes of the states of all layers.
