@@ -9,6 +9,7 @@ use std::process::Command;
 use hub::{Addition, CommitRequest, Content, Hub, RepoId, Settings, Token};
 use serde_json::{Value, json};
 
+const INDEX: &str = "model.safetensors.index.json";
 const TOKEN: &str = "hf_test_secret";
 
 /// A source of the catalog: whose tokenizer stands in for its own, and how many weights its text model has.
@@ -21,7 +22,7 @@ struct Model {
     gib: std::ops::Range<f64>,
 }
 
-const MODELS: [Model; 5] = [
+const MODELS: [Model; 9] = [
     Model {
         repo: "google/gemma-3-4b-it",
         tokenizer: "gemma3",
@@ -52,6 +53,31 @@ const MODELS: [Model; 5] = [
         n_weights: 140_630_071_296,
         gib: 78.0..86.0,
     },
+    Model {
+        repo: "google/gemma-4-31B-it",
+        tokenizer: "gemma3",
+        n_weights: 30_697_345_340,
+        gib: 16.5..19.0,
+    },
+    Model {
+        repo: "google/gemma-4-26b-a4b-it",
+        tokenizer: "gemma3",
+        n_weights: 25_233_141_790,
+        // Experts are 704 wide, no multiple of 256: their down projections take eight bits.
+        gib: 16.5..17.5,
+    },
+    Model {
+        repo: "mlx-community/Qwen3.5-9B-OptiQ-4bit",
+        tokenizer: "qwen2",
+        n_weights: 8_953_803_264,
+        gib: 4.9..6.2,
+    },
+    Model {
+        repo: "mlx-community/Qwen3.6-35B-A3B-4bit",
+        tokenizer: "qwen2",
+        n_weights: 34_660_610_688,
+        gib: 18.0..22.0,
+    },
 ];
 
 fn repository(path: &str) -> PathBuf {
@@ -63,59 +89,105 @@ fn repository(path: &str) -> PathBuf {
 /// The names of a checkpoint, as its writer has them.
 fn names(config: &Value) -> Vec<String> {
     let text = config.get("text_config").unwrap_or(config);
-    let n_layers = text["num_hidden_layers"].as_u64().unwrap();
     let class = config["architectures"][0].as_str().unwrap();
-    let attention = [
-        "input_layernorm",
-        "post_attention_layernorm",
-        "self_attn.q_proj",
-        "self_attn.k_proj",
-        "self_attn.v_proj",
-        "self_attn.o_proj",
-    ];
-    let dense = ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"];
-    let mut names = vec![
-        "model.embed_tokens.weight".to_owned(),
-        "model.norm.weight".to_owned(),
-    ];
+    let is = |family: &str| class.starts_with(family);
+    let is_mlx = config.get("quantization").is_some();
+    let count = |key: &str| text[key].as_u64().unwrap_or(0);
+    let has_experts = !text["moe_intermediate_size"].is_null();
+    let mut names = vec!["embed_tokens.weight".to_owned(), "norm.weight".to_owned()];
+    for l in 0..count("num_hidden_layers") {
+        let kind = text["layer_types"][l as usize].as_str();
+        let mut parts = vec!["input_layernorm.weight", "post_attention_layernorm.weight"];
+        if kind == Some("linear_attention") {
+            parts.extend([
+                "linear_attn.A_log",
+                "linear_attn.dt_bias",
+                "linear_attn.conv1d.weight",
+                "linear_attn.norm.weight",
+            ]);
+            let matrices = [
+                "in_proj_qkv",
+                "in_proj_z",
+                "in_proj_a",
+                "in_proj_b",
+                "out_proj",
+            ];
+            names.extend(matrices.map(|part| format!("layers.{l}.linear_attn.{part}.weight")));
+        } else {
+            let has_values = !(is("Gemma4") && kind == Some("full_attention"));
+            let matrices = [("q", true), ("k", true), ("v", has_values), ("o", true)];
+            let matrices = matrices.iter().filter(|(_, has)| *has);
+            names.extend(matrices.map(|(m, _)| format!("layers.{l}.self_attn.{m}_proj.weight")));
+            if is("Gemma") || is("Qwen3_5") {
+                parts.extend(["self_attn.q_norm.weight", "self_attn.k_norm.weight"]);
+            }
+            if is("Qwen2") {
+                names
+                    .extend(["q", "k", "v"].map(|m| format!("layers.{l}.self_attn.{m}_proj.bias")));
+            }
+        }
+        if is("Gemma") {
+            parts.extend([
+                "pre_feedforward_layernorm.weight",
+                "post_feedforward_layernorm.weight",
+            ]);
+        }
+        if is("Gemma4") {
+            parts.push("layer_scalar");
+        }
+        let matrices = ["gate", "up", "down"];
+        if is("Mixtral") {
+            parts.push("block_sparse_moe.gate.weight");
+            for e in 0..count("num_local_experts") {
+                let experts = format!("layers.{l}.block_sparse_moe.experts.{e}");
+                names.extend([1, 2, 3].map(|w| format!("{experts}.w{w}.weight")));
+            }
+        } else if !(has_experts && is_mlx) {
+            names.extend(matrices.map(|m| format!("layers.{l}.mlp.{m}_proj.weight")));
+        }
+        if has_experts && is("Gemma4") {
+            parts.extend([
+                "experts.gate_up_proj",
+                "experts.down_proj",
+                "router.proj.weight",
+                "router.scale",
+                "router.per_expert_scale",
+                "pre_feedforward_layernorm_2.weight",
+                "post_feedforward_layernorm_1.weight",
+                "post_feedforward_layernorm_2.weight",
+            ]);
+        } else if has_experts {
+            parts.extend(["mlp.gate.weight", "mlp.shared_expert_gate.weight"]);
+            for room in ["switch_mlp", "shared_expert"] {
+                names.extend(matrices.map(|m| format!("layers.{l}.mlp.{room}.{m}_proj.weight")));
+            }
+        }
+        names.extend(parts.iter().map(|part| format!("layers.{l}.{part}")));
+    }
+    let prefix = match (is_mlx, class) {
+        (true, _) | (_, "Gemma3ForConditionalGeneration") => "language_model.model.",
+        (_, "Gemma4ForConditionalGeneration") => "model.language_model.",
+        _ => "model.",
+    };
+    let mut names: Vec<String> = names.iter().map(|name| format!("{prefix}{name}")).collect();
     if config.get("tie_word_embeddings") == Some(&json!(false)) {
-        names.push("lm_head.weight".to_owned());
+        let outside = if is_mlx { "language_model." } else { "" };
+        names.push(format!("{outside}lm_head.weight"));
     }
-    for l in 0..n_layers {
-        let mut add = |part: &str| names.push(format!("model.layers.{l}.{part}.weight"));
-        attention.iter().for_each(|part| add(part));
-        match class {
-            "MixtralForCausalLM" => {
-                add("block_sparse_moe.gate");
-                for e in 0..text["num_local_experts"].as_u64().unwrap() {
-                    (1..=3).for_each(|w| add(&format!("block_sparse_moe.experts.{e}.w{w}")));
-                }
-            }
-            _ => dense.iter().for_each(|part| add(part)),
-        }
-        if class.starts_with("Gemma3") {
-            for part in [
-                "pre_feedforward_layernorm",
-                "post_feedforward_layernorm",
-                "self_attn.q_norm",
-                "self_attn.k_norm",
-            ] {
-                add(part);
-            }
-        }
-        if class.starts_with("Qwen2") {
-            for part in ["q", "k", "v"] {
-                names.push(format!("model.layers.{l}.self_attn.{part}_proj.bias"));
-            }
+    if is_mlx {
+        // All but vectors and convolutions are stored in four bits, with scales and biases beside.
+        let is_matrix = |name: &String| {
+            let stem = name.strip_suffix(".weight").unwrap_or_default();
+            !stem.is_empty() && !stem.ends_with("norm") && !stem.ends_with("conv1d")
+        };
+        let matrices: Vec<String> = names.iter().filter(|n| is_matrix(n)).cloned().collect();
+        for name in matrices {
+            let stem = name.strip_suffix("weight").unwrap();
+            names.extend([format!("{stem}scales"), format!("{stem}biases")]);
         }
     }
-    if class.starts_with("Gemma3") {
-        names = names
-            .into_iter()
-            .map(|name| format!("language_model.{name}"))
-            .collect();
+    if is("Gemma") {
         names.push("vision_tower.vision_model.embeddings.patch_embedding.weight".to_owned());
-        names.push("multi_modal_projector.mm_input_projection_weight".to_owned());
     }
     names
 }
@@ -135,57 +207,65 @@ fn every_entry_of_the_catalog_is_planned_without_weights() {
     };
     let hub = Hub::new(settings).unwrap();
     let runtime = tokio::runtime::Runtime::new().unwrap();
-    for model in &MODELS {
-        let config_file = repository("fixtures/catalog")
-            .join(model.repo.replace('/', "--"))
-            .join("config.json");
-        let config: Value = serde_json::from_slice(&fs::read(&config_file).unwrap()).unwrap();
-        let total_size = 2 * model.n_weights;
-        let weight_map: BTreeMap<String, &str> = names(&config)
-            .into_iter()
-            .map(|name| (name, "model-00001-of-00001.safetensors"))
-            .collect();
-        let index = json!({"metadata": {"total_size": total_size}, "weight_map": weight_map});
-        let file = |path: &str, bytes: Vec<u8>| Addition {
+    let publish = |repo: &str, files: Vec<(&str, Vec<u8>)>| {
+        let additions = files.into_iter().map(|(path, bytes)| Addition {
             path: path.to_owned(),
             size_bytes: bytes.len() as u64,
             sha256: None,
-            content: Content::Bytes(bytes),
+            content: Content::Bytes(bytes.into()),
+        });
+        let request = CommitRequest {
+            summary: "Add".into(),
+            additions: additions.collect(),
+            deletions: Vec::new(),
         };
-        let mut additions = vec![
-            file("config.json", fs::read(&config_file).unwrap()),
-            file(
-                "model.safetensors.index.json",
-                serde_json::to_vec(&index).unwrap(),
-            ),
-            file(
-                "README.md",
-                b"---\nlicense: apache-2.0\n---\n# m\n".to_vec(),
-            ),
+        let repo: RepoId = repo.parse().unwrap();
+        runtime.block_on(async {
+            hub.create_repo(&repo, false).await.unwrap();
+            hub.commit(&repo, &request, &|_| {}).await.unwrap();
+        });
+    };
+    let index = |names: Vec<String>, total_size: u64| {
+        let shard = "model-00001-of-00001.safetensors";
+        let map: BTreeMap<String, &str> = names.into_iter().map(|name| (name, shard)).collect();
+        let index = json!({"metadata": {"total_size": total_size}, "weight_map": map});
+        (INDEX, serde_json::to_vec(&index).unwrap())
+    };
+    for model in &MODELS {
+        let folder = repository("fixtures/catalog").join(model.repo.replace('/', "--"));
+        let config_json = fs::read(folder.join("config.json")).unwrap();
+        let config: Value = serde_json::from_slice(&config_json).unwrap();
+        let card = b"---\nlicense: apache-2.0\n---\n# m\n".to_vec();
+        let mut files = vec![
+            ("config.json", config_json),
+            index(names(&config), 2 * model.n_weights),
+            ("README.md", card),
         ];
+        let tokenizer = repository("fixtures/models").join(model.tokenizer);
         for name in [
             "tokenizer.json",
             "tokenizer_config.json",
             "tokenizer.model",
             "generation_config.json",
         ] {
-            let path = repository("fixtures/models")
-                .join(model.tokenizer)
-                .join(name);
-            if let Ok(bytes) = fs::read(path) {
-                additions.push(file(name, bytes));
+            if let Ok(bytes) = fs::read(tokenizer.join(name)) {
+                files.push((name, bytes));
             }
         }
-        let repo: RepoId = model.repo.parse().unwrap();
-        runtime.block_on(async {
-            hub.create_repo(&repo, false).await.unwrap();
-            let request = CommitRequest {
-                summary: "Add".into(),
-                additions,
-                deletions: Vec::new(),
-            };
-            hub.commit(&repo, &request, &|_| {}).await.unwrap();
-        });
+        publish(model.repo, files);
+    }
+    for repo in ["Qwen/Qwen3.5-9B-Base", "Qwen/Qwen3.6-35B-A3B"] {
+        let heads = [
+            "mtp.fc.weight",
+            "mtp.layers.0.input_layernorm.weight",
+            "mtp.norm.weight",
+        ];
+        let config = br#"{"architectures": ["Qwen3_5ForConditionalGeneration"], "mtp_num_hidden_layers": 1}"#;
+        let names = heads.map(str::to_owned).to_vec();
+        publish(
+            repo,
+            vec![("config.json", config.to_vec()), index(names, 1)],
+        );
     }
 
     let run = |args: &[&str]| {
@@ -210,18 +290,9 @@ fn every_entry_of_the_catalog_is_planned_without_weights() {
     for key in run(&["catalog", "list"]).lines() {
         let entry: Value = serde_json::from_str(&run(&["catalog", "show", key])).unwrap();
         let source = entry["source_model"].as_str().unwrap();
-        let Some(model) = MODELS.iter().find(|model| model.repo == source) else {
-            continue;
-        };
-        let artifact = [
-            "publish",
-            "--model",
-            key,
-            "--dry-run",
-            "--inspect",
-            "--artifact",
-            "vindex",
-        ];
+        let model = MODELS.iter().find(|model| model.repo == source);
+        let model = model.unwrap_or_else(|| panic!("{key} has a source that is not planned here"));
+        let artifact = ["publish", "--model", key, "--dry-run", "--inspect"];
         let text = run(&artifact);
         for label in [
             "source commit:",
@@ -234,6 +305,12 @@ fn every_entry_of_the_catalog_is_planned_without_weights() {
             assert!(text.contains(label), "{key} has no {label}\n{text}");
         }
         assert!(!text.contains("unknown"), "{text}");
+        let has_heads = !entry["mtp_source_repo"].is_null();
+        assert_eq!(
+            text.contains("mtp heads:          3 tensors by name"),
+            has_heads,
+            "{text}"
+        );
         let plan: Value =
             serde_json::from_str(&run(&[&artifact[..], &["--json"]].concat())).unwrap();
         let inspection = &plan["inspection"];
