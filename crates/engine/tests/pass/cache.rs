@@ -137,7 +137,7 @@ impl FeedForward for Unreliable {
 
 #[test]
 fn a_step_whose_feed_forward_fails_can_be_repeated() {
-    let model = extracted("mistral", Recipe::Q4k);
+    let model = extracted("gemma2", Recipe::Q4k);
     let all = tokens(70, 1);
     let expected = Engine::new(&model.vindex, KvType::F16, 1).logits(&all);
     let pool = Arc::new(Pool::new(2));

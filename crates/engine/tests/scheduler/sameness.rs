@@ -6,12 +6,11 @@ use engine::{
 
 use super::{Loaded, answer, ask, options, request, submit};
 
-const FAMILIES: [&str; 10] = [
+const FAMILIES: [&str; 9] = [
     "gemma2",
     "gemma3",
     "llama",
     "llama3",
-    "mistral",
     "mixtral",
     "qwen2",
     "qwen3",

@@ -34,6 +34,14 @@ impl Changed {
         }
     }
 
+    /// The llama fixture as a Mistral with a window of eight tokens.
+    pub(super) fn mistral() -> Changed {
+        Changed::family("llama").json("config.json", |c| {
+            c["architectures"] = serde_json::json!(["MistralForCausalLM"]);
+            c["sliding_window"] = serde_json::json!(8);
+        })
+    }
+
     pub(super) fn without(mut self, file: &str) -> Changed {
         self.files.remove(file).unwrap();
         self

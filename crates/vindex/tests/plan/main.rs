@@ -233,7 +233,7 @@ fn quirks_of_the_families_become_numbers_and_transforms() {
         (16.0, 0.125)
     );
 
-    let mistral = of("mistral");
+    let mistral = Changed::mistral().plan().unwrap();
     assert_eq!(
         mistral
             .config

@@ -30,11 +30,18 @@ fn value<'a>(plan: &'a Plan, key: &str) -> Option<&'a MetaValue> {
 /// Where the file is silent, the configuration class of `transformers` speaks; null may mean none.
 #[test]
 fn silence_is_the_default_of_the_family_and_null_is_none() {
-    let told = Changed::family("mistral").plan().unwrap();
+    let told = Changed::mistral().plan().unwrap();
     assert_eq!(window(&told), Some(8));
-    let silent = without("mistral", "sliding_window").plan().unwrap();
+    let lacking = |changed: Changed, key: &str| {
+        changed.json("config.json", |c| {
+            c.as_object_mut().unwrap().shift_remove(key).unwrap();
+        })
+    };
+    let silent = lacking(Changed::mistral(), "sliding_window")
+        .plan()
+        .unwrap();
     assert_eq!(window(&silent), Some(4096));
-    let null = with("mistral", |c| c["sliding_window"] = Value::Null);
+    let null = Changed::mistral().json("config.json", |c| c["sliding_window"] = Value::Null);
     assert_eq!(window(&null.plan().unwrap()), None);
 
     // Eight heads of keys are too many for this checkpoint; as many as heads of queries are told by null.
@@ -45,9 +52,13 @@ fn silence_is_the_default_of_the_family_and_null_is_none() {
     let error = without("llama", "num_key_value_heads").error();
     assert!(error.contains("says [256, 256]"), "{error}");
 
-    for (family, context) in [("llama", 2048), ("mistral", 131_072), ("qwen2", 32_768)] {
-        let plan = without(family, "max_position_embeddings").plan().unwrap();
-        assert_eq!(plan.config.context, context, "{family}");
+    for (changed, context) in [
+        (Changed::family("llama"), 2048),
+        (Changed::mistral(), 131_072),
+        (Changed::family("qwen2"), 32_768),
+    ] {
+        let plan = lacking(changed, "max_position_embeddings").plan().unwrap();
+        assert_eq!(plan.config.context, context);
     }
     let sliding = with("qwen2", |c| {
         c["use_sliding_window"] = json!(true);
