@@ -4,28 +4,13 @@
 mod support;
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde_json::Value;
 use sha2::{Digest, Sha256};
+use support::goldens::coded;
 use support::{OPTIONS, chain, copy_dir, fixtures, run_plan};
 use vindex::{LocalDir, Order, Plan, Recipe, Values, Vindex, plan};
-
-/// The fixtures, and all in the folder that `SKULK_GOLDENS` names.
-fn checkpoints() -> Vec<PathBuf> {
-    let mut roots = vec![fixtures()];
-    roots.extend(std::env::var_os("SKULK_GOLDENS").map(PathBuf::from));
-    let mut dirs = Vec::new();
-    for root in roots {
-        for kind in ["mlx", "fp8"] {
-            let kind = root.join(kind);
-            let entries = fs::read_dir(&kind).unwrap_or_else(|e| panic!("{}: {e}", kind.display()));
-            dirs.extend(entries.map(|entry| entry.unwrap().path()));
-        }
-    }
-    assert!(dirs.len() >= 2, "{dirs:?}");
-    dirs
-}
 
 fn planned(dir: &Path, recipe: Recipe) -> (LocalDir, Plan) {
     let source = LocalDir::open(dir).unwrap();
@@ -57,7 +42,8 @@ fn in_order(order: &Order, bytes: &[u8], row_bytes: usize) -> Vec<u8> {
 
 #[test]
 fn values_are_those_that_others_make_of_the_codes() {
-    for dir in checkpoints() {
+    for golden in coded() {
+        let dir = golden.model;
         let expected: Value =
             serde_json::from_slice(&fs::read(dir.join("expected.json")).unwrap()).unwrap();
         let expected = expected["tensors"].as_object().unwrap();

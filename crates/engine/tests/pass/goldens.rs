@@ -11,7 +11,7 @@ use vindex::{Plan, Recipe, Tensor, Values};
 
 use crate::npz::Npz;
 use crate::support::{Engine, Extracted, difference, extracted_from, extracted_with};
-use folder::{Golden, goldens};
+use folder::{Golden, coded, goldens};
 
 /// Of the standard deviation of the logits.
 const TOLERANCE: f64 = 2e-3;
@@ -48,12 +48,12 @@ fn without_blocks(of: &Golden, model: &Extracted) -> Option<Extracted> {
     (!decoded.is_empty()).then(|| extracted_with(&of.model, Recipe::F32, change))
 }
 
-fn compare(of: &Golden) {
+fn compare(of: &Golden, n_prompts: usize) {
     let (family, golden) = (&of.family, Npz::open(&of.npz));
     let mut model = extracted_from(&of.model, Recipe::F32);
     if let Some(exact) = without_blocks(of, &model) {
         let mut engine = Engine::new(&model.vindex, KvType::F32, 2);
-        for prompt in 0..3 {
+        for prompt in 0..n_prompts {
             let ids = golden.tokens(&format!("ids_{prompt}"));
             let expected = golden.f32s(&format!("logits_{prompt}"));
             let (got, vocab) = (engine.logits(&ids), expected.len() / ids.len());
@@ -70,7 +70,7 @@ fn compare(of: &Golden) {
     }
     let mut engine = Engine::new(&model.vindex, KvType::F32, 2);
     let mut half = Engine::new(&model.vindex, KvType::F16, 2);
-    for prompt in 0..3 {
+    for prompt in 0..n_prompts {
         let ids = golden.tokens(&format!("ids_{prompt}"));
         let expected = golden.f32s(&format!("logits_{prompt}"));
         let differs = difference(&engine.logits(&ids), &expected);
@@ -101,7 +101,7 @@ fn every_family_is_what_transformers_computes() {
     let all = goldens();
     let differ: Vec<&str> = all
         .iter()
-        .filter(|golden| catch_unwind(|| compare(golden)).is_err())
+        .filter(|golden| catch_unwind(|| compare(golden, 3)).is_err())
         .map(|golden| golden.family.as_str())
         .collect();
     assert!(
@@ -109,4 +109,11 @@ fn every_family_is_what_transformers_computes() {
         "of {} families {differ:?} differ",
         all.len()
     );
+}
+
+#[test]
+fn codes_with_scales_are_the_weights_that_they_stand_for() {
+    for golden in coded() {
+        compare(&golden, 2);
+    }
 }

@@ -63,6 +63,29 @@ pub fn goldens() -> Vec<Golden> {
     all.into_values().collect()
 }
 
+/// Checkpoints whose weights are codes with scales, of `mlx` and `fp8`; converters to GGUF have made nothing of them.
+pub fn coded() -> Vec<Golden> {
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures");
+    let roots = std::env::var_os("SKULK_GOLDENS").map(PathBuf::from);
+    let mut all = BTreeMap::new();
+    for root in [fixtures].into_iter().chain(roots) {
+        for kind in ["mlx", "fp8"] {
+            for name in folders(&root.join(kind)) {
+                let model = root.join(kind).join(&name);
+                let golden = Golden {
+                    family: format!("{kind}/{name}"),
+                    gguf: PathBuf::new(),
+                    tokenize: PathBuf::new(),
+                    npz: model.join("golden.npz"),
+                    model,
+                };
+                all.insert(golden.family.clone(), golden);
+            }
+        }
+    }
+    all.into_values().collect()
+}
+
 /// One family, when it is in the fixtures or `SKULK_GOLDENS` is set.
 ///
 /// # Panics
