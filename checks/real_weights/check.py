@@ -21,7 +21,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 WINDOW = 512
-TEXT_BYTES = 16_000
+TEXT_BYTES = 24_000
 PERPLEXITY_RATIO_MAX = 0.005
 ATTEMPT_S = 600
 

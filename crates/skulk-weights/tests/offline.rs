@@ -212,7 +212,7 @@ fn every_entry_of_the_catalog_is_planned_without_weights() {
             path: path.to_owned(),
             size_bytes: bytes.len() as u64,
             sha256: None,
-            content: Content::Bytes(bytes.into()),
+            content: Content::Bytes(bytes),
         });
         let request = CommitRequest {
             summary: "Add".into(),
