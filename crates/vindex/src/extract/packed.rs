@@ -1,9 +1,5 @@
-//! Blocks of MXFP4 as checkpoints have them, values and scales in two tensors, put together as GGUF has them.
-//!
-//! ```text
-//! checkpoint   16 bytes: values 0 and 1 (the first in the lower half), 2 and 3, … 30 and 31      1 byte: exponent
-//! GGUF         1 byte: exponent | 16 bytes: values 0 and 16 (the first in the lower half), 1 and 17, … 15 and 31
-//! ```
+//! Blocks of MXFP4 as checkpoints have them, values and scales in two tensors, put together as GGUF has them
+//! (`quant::repack_mxfp4` draws both).
 //!
 //! Invariant: no bit of a value or a scale changes.
 
@@ -72,8 +68,9 @@ impl<'a> Packed<'a> {
             let n = (span.n_values / BLOCK_LEN) as usize;
             let (nibbles, after) = rest.split_at(n * NIBBLE_BYTES);
             let (scales, after) = after.split_at(n);
-            let pairs = nibbles.chunks_exact(NIBBLE_BYTES).zip(scales);
-            read.extend(pairs.map(|(nibbles, &scale)| block(nibbles, scale)));
+            let before = read.len();
+            read.resize(before + n, [0; BLOCK_BYTES]);
+            quant::repack_mxfp4(nibbles, scales, read[before..].as_flattened_mut());
             rest = after;
         }
         let in_blocks = spans.iter().map(|span| Span {
@@ -87,13 +84,4 @@ impl<'a> Packed<'a> {
             view.gather(&in_blocks, &read, out);
         }
     }
-}
-
-fn block(nibbles: &[u8], scale: u8) -> [u8; BLOCK_BYTES] {
-    let value = |i: usize| (nibbles[i / 2] >> (4 * (i % 2))) & 0x0f;
-    let mut block = [scale; BLOCK_BYTES];
-    for (i, byte) in block[1..].iter_mut().enumerate() {
-        *byte = value(i) | value(i + NIBBLE_BYTES) << 4;
-    }
-    block
 }
