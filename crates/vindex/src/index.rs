@@ -219,6 +219,14 @@ impl Index {
                 self.parts.len()
             ));
         }
+        // Lists of layers are made from the number; each layer has parts of its own.
+        if self.config.n_layers as usize > self.parts.len() {
+            return Err(format!(
+                "{} layers in {} parts",
+                self.config.n_layers,
+                self.parts.len()
+            ));
+        }
         for (i, part) in self.parts.iter().enumerate() {
             let expected = part_file(&self.stem, i, self.parts.len());
             if part.file != expected {

@@ -152,6 +152,14 @@ fn an_index_that_disagrees_with_a_header_is_found() {
 
 /// What is not a vindex, or not one that can be read, is told by name.
 #[test]
+fn an_index_of_more_layers_than_parts_is_refused() {
+    let mut index: serde_json::Value = serde_json::from_slice(sample_index()).unwrap();
+    index["config"]["n_layers"] = serde_json::json!(u32::MAX);
+    let error = Index::from_json(index.to_string().as_bytes()).unwrap_err();
+    assert!(error.contains("4294967295 layers in"), "{error}");
+}
+
+#[test]
 fn what_is_no_vindex_says_why() {
     let tmp = tempfile::tempdir().unwrap();
     let whole = tmp.path().join("whole");

@@ -33,7 +33,7 @@ pub(super) fn tokenizer_json(metadata: &[(String, MetaValue)]) -> Option<Result<
     Some(match keys.text("model") {
         Some("llama") => Ok(scored(&keys, tokens)),
         Some("gpt2") => byte_level(&keys, tokens),
-        Some("gemma4") => Ok(characters(&keys, tokens)),
+        Some("gemma4") => characters(&keys, tokens),
         other => Err(format!(
             "tokenizer.ggml.model is {}; llama, gpt2 and gemma4 are known",
             other.unwrap_or("absent")
@@ -84,8 +84,10 @@ impl<'a> Keys<'a> {
     }
 
     /// Pairs that are merged, those first that come first.
-    fn merges(&self, vocab: &BTreeMap<&str, usize>) -> Vec<[&'a str; 2]> {
-        let lines = self.texts("merges").unwrap_or_default();
+    fn merges(&self, vocab: &BTreeMap<&str, usize>) -> Result<Vec<[&'a str; 2]>, String> {
+        // Without them every text would fall apart into characters.
+        let lines = self.texts("merges");
+        let lines = lines.ok_or("tokenizer.ggml.merges is no list of texts")?;
         let pairs = lines.iter().filter_map(|line| {
             // The first character may be a space that belongs to the token.
             let first = line.chars().next()?.len_utf8();
@@ -97,7 +99,7 @@ impl<'a> Keys<'a> {
             let joined = vocab.contains_key([*left, *right].concat().as_str());
             joined && vocab.contains_key(left) && vocab.contains_key(right)
         };
-        pairs.filter(is_known).collect()
+        Ok(pairs.filter(is_known).collect())
     }
 }
 
@@ -210,7 +212,7 @@ fn characters_decoders() -> Vec<Value> {
 }
 
 /// Pairs of characters with byte fallback; lines are cut from each other first.
-fn characters(keys: &Keys<'_>, tokens: &[String]) -> Made {
+fn characters(keys: &Keys<'_>, tokens: &[String]) -> Result<Made, String> {
     let types = keys.types();
     let vocab = vocabulary(tokens, &types);
     let unknown = tokens
@@ -220,9 +222,9 @@ fn characters(keys: &Keys<'_>, tokens: &[String]) -> Made {
     let model = json!({
         "type": "BPE", "dropout": null, "unk_token": unknown.map(|(token, _)| token), "fuse_unk": true,
         "continuing_subword_prefix": null, "end_of_word_suffix": null, "byte_fallback": true,
-        "ignore_merges": false, "merges": keys.merges(&vocab), "vocab": vocab,
+        "ignore_merges": false, "merges": keys.merges(&vocab)?, "vocab": vocab,
     });
-    Made {
+    Ok(Made {
         json: whole(
             added(tokens, &types),
             json!({"type": "Replace", "pattern": {"String": " "}, "content": "▁"}),
@@ -231,7 +233,7 @@ fn characters(keys: &Keys<'_>, tokens: &[String]) -> Made {
             model,
         ),
         adds_bos: true,
-    }
+    })
 }
 
 /// Byte-level pairs, after the text was cut by the patterns that `tokenizer.ggml.pre` stands for.
@@ -260,7 +262,7 @@ fn byte_level(keys: &Keys<'_>, tokens: &[String]) -> Result<Made, String> {
     let model = json!({
         "type": "BPE", "dropout": null, "unk_token": null, "fuse_unk": false, "continuing_subword_prefix": null,
         "end_of_word_suffix": null, "byte_fallback": false, "ignore_merges": pre.takes_words,
-        "merges": keys.merges(&vocab), "vocab": vocab,
+        "merges": keys.merges(&vocab)?, "vocab": vocab,
     });
     Ok(Made {
         json: whole(
@@ -304,6 +306,14 @@ mod tests {
             Tokenizer::from_json(own, n_vocab).unwrap(),
             keys,
         )
+    }
+
+    #[test]
+    fn pairs_without_merges_are_refused() {
+        let (_, _, mut keys) = both("fixtures/models/llama3");
+        keys.retain(|(key, _)| key != "tokenizer.ggml.merges");
+        let error = tokenizer_json(&keys).unwrap().err().unwrap();
+        assert!(error.contains("tokenizer.ggml.merges"), "{error}");
     }
 
     #[test]

@@ -59,10 +59,10 @@ pub(crate) fn numbers_of_next(json: &ConfigJson, config: Config) -> Result<Confi
 }
 
 fn recurrent_layers(json: &ConfigJson, n_layers: u32) -> Result<Vec<bool>, Error> {
+    json.count("full_attention_interval", Some(1), u32::MAX)?;
     match json.get("layer_types") {
         Some(types) => layer_kinds(types, n_layers, "linear_attention"),
         None => {
-            json.count("full_attention_interval", Some(1), u32::MAX)?;
             let each = json.attention_interval();
             Ok((1..=n_layers).map(|n| !n.is_multiple_of(each)).collect())
         }
@@ -72,6 +72,7 @@ fn recurrent_layers(json: &ConfigJson, n_layers: u32) -> Result<Vec<bool>, Error
 impl ConfigJson {
     /// Each so many-th layer is of attention, where no list of layers says otherwise.
     pub(crate) fn attention_interval(&self) -> u32 {
+        // That it is a number was seen when the layers were read.
         let given = self.u32("full_attention_interval").ok().flatten();
         given.unwrap_or(ATTENTION_INTERVAL)
     }

@@ -102,8 +102,6 @@ pub(super) fn gemma4(keys: &Keys<'_>, model: &Model, mut config: Config) -> Resu
 pub(super) fn gpt_oss(keys: &Keys<'_>, model: &Model, mut config: Config) -> Config {
     let has = |name: &str| model.tensor(name).is_some();
     config.attention.sinks = has("blk.0.attn_sinks.weight");
-    // What the activation is clamped to; there is no other.
-    let _ = keys.own("swiglu_clamp_exp");
     if let Some(experts) = &mut config.experts {
         experts.router_bias = has("blk.0.ffn_gate_inp.bias");
         experts.bias = has("blk.0.ffn_gate_exps.bias");
