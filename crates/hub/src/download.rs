@@ -15,7 +15,7 @@ use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 
 use crate::content::{git_oid_of, sha256_of, sha256_of_range};
-use crate::partial::{Part, blocking};
+use crate::partial::{Part, blocking, forget_record};
 use crate::{Error, Snapshot};
 
 /// Bytes gathered before they are written.
@@ -68,6 +68,7 @@ impl Snapshot {
             && let Ok(there) = File::open(target)
             && content.matches(target, there).await?.is_ok()
         {
+            forget_record(target)?;
             return Ok(Downloaded::AlreadyThere);
         }
         let part = Part::open(target, &content.key(), size_bytes)?;
@@ -122,6 +123,7 @@ impl Snapshot {
             && begins_with(target, &there, &head).await?
             && wrong_piece(target, there, &pieces).await?.is_none()
         {
+            forget_record(target)?;
             return Ok(Downloaded::AlreadyThere);
         }
         let part = Part::open(target, &Content::of(&file).key(), size_bytes)?;

@@ -17,6 +17,21 @@ use crate::Error;
 
 const STATE_BYTES_MAX: u64 = 16 << 20;
 
+/// Removes the record of a file that is whole: a process that ended between the two steps of [`Part::finish`] left it.
+pub(crate) fn forget_record(target: &Path) -> Result<(), Error> {
+    // Whoever fetches the file anew has the partial file too.
+    if beside(target, ".incomplete").exists() {
+        return Ok(());
+    }
+    remove_if_there(&beside(target, ".incomplete.json"))
+}
+
+fn beside(target: &Path, suffix: &str) -> PathBuf {
+    let mut name = target.as_os_str().to_owned();
+    name.push(suffix);
+    PathBuf::from(name)
+}
+
 /// The partial file and its record, locked against other processes.
 pub(crate) struct Part {
     pub(crate) path: PathBuf,
@@ -27,12 +42,10 @@ pub(crate) struct Part {
 impl Part {
     /// Opens, or begins, what will be `target`. `content` names the bytes of the whole file.
     pub(crate) fn open(target: &Path, content: &str, size_bytes: u64) -> Result<Part, Error> {
-        let beside = |suffix: &str| {
-            let mut name = target.as_os_str().to_owned();
-            name.push(suffix);
-            PathBuf::from(name)
-        };
-        let (path, state_path) = (beside(".incomplete"), beside(".incomplete.json"));
+        let (path, state_path) = (
+            beside(target, ".incomplete"),
+            beside(target, ".incomplete.json"),
+        );
         let file = OpenOptions::new()
             .read(true)
             .write(true)

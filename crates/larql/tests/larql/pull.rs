@@ -96,6 +96,21 @@ fn another_vindex_is_not_overwritten_unasked() {
 }
 
 #[test]
+fn the_record_of_a_part_that_is_whole_does_not_stay() {
+    let bench = Bench::with_vindex(&model("llama"), "q8_0");
+    bench.ok(&["publish", "out", "--repo", "acme/m", "--slices", "none"]);
+    bench.ok(&["pull", "acme/m", "-o", "pulled"]);
+    // As after a kill between the part's renaming and the removal of its record.
+    let listed = names(&bench.path("pulled"));
+    let part = listed.iter().find(|name| name.ends_with(".gguf")).unwrap();
+    let record = bench.path(&format!("pulled/{part}.incomplete.json"));
+    fs::write(&record, "{}").unwrap();
+    bench.ok(&["pull", "acme/m", "-o", "pulled"]);
+    assert!(!record.exists());
+    assert_eq!(names(&bench.path("pulled")), listed);
+}
+
+#[test]
 fn a_killed_pull_is_gone_on_from() {
     let bench = Bench::with_vindex(&kjv(), "q8_0");
     bench.ok(&["publish", "out", "--repo", "acme/kjv", "--slices", "none"]);

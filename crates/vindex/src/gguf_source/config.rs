@@ -97,7 +97,7 @@ pub(super) fn read(keys: &Keys<'_>, family: &Family, model: &Model) -> Result<Co
     let config = match keys.architecture() {
         "qwen35" | "qwen35moe" | "qwen3next" => kinds::hybrid(keys, model, config)?,
         "gemma4" => kinds::gemma4(keys, model, config)?,
-        "gpt-oss" => kinds::gpt_oss(keys, model, config),
+        "gpt-oss" => kinds::gpt_oss(model, config),
         "deepseek2" => kinds::latent(keys, model, config)?,
         _ => config,
     };

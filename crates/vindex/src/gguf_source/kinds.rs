@@ -99,7 +99,7 @@ pub(super) fn gemma4(keys: &Keys<'_>, model: &Model, mut config: Config) -> Resu
 }
 
 /// gpt-oss: sinks and biases.
-pub(super) fn gpt_oss(keys: &Keys<'_>, model: &Model, mut config: Config) -> Config {
+pub(super) fn gpt_oss(model: &Model, mut config: Config) -> Config {
     let has = |name: &str| model.tensor(name).is_some();
     config.attention.sinks = has("blk.0.attn_sinks.weight");
     if let Some(experts) = &mut config.experts {
